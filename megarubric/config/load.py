@@ -1,0 +1,115 @@
+"""YAML + dotted overrides -> typed configuration, or one line that says what is wrong and where."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from megarubric.config.schema import SftConfig, TrainConfig, check_sft, check_train
+from megarubric.errors import BadInput
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also reads 1e-3 as a number (YAML 1.1 reads it as text)."""
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
+
+
+def load_train(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a `TrainConfig`. Raises BadInput naming the file and the key."""
+    config = _load(path, overrides, TrainConfig)
+    _refuse(path, check_train(config))
+    return config
+
+
+def load_sft(path: str | Path, overrides: Sequence[str] = ()) -> SftConfig:
+    """Read an `SftConfig`. Raises BadInput naming the file and the key."""
+    config = _load(path, overrides, SftConfig)
+    _refuse(path, check_sft(config))
+    return config
+
+
+def dump(config: TrainConfig | SftConfig) -> str:
+    """The resolved configuration as YAML, every default spelled out."""
+    return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, allow_unicode=True)
+
+
+def _refuse(path: str | Path, wrong: str | None) -> None:
+    if wrong is not None:
+        item, _, reason = wrong.partition(": ")
+        raise BadInput(path, item, reason)
+
+
+def _load[T: (TrainConfig, SftConfig)](path: str | Path, overrides: Sequence[str], kind: type[T]) -> T:
+    path = Path(path)
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(path, None, "no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(path, None, f"cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}" if mark else None
+        raise BadInput(path, line, f"not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(tree, dict):
+        raise BadInput(path, None, "a configuration is a mapping of sections")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        config = msgspec.convert(tree, kind)
+    except msgspec.ValidationError as error:
+        raise BadInput(path, *_explain(str(error), kind)) from None
+    if not _NAME.fullmatch(config.name):
+        raise BadInput(path, "name", f"{config.name!r} is not a run name: letters, digits, dot, dash and underscore")
+    return config
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise BadInput("command line", override, "an override is section.key=value")
+    try:
+        value = _parse(text)
+    except yaml.YAMLError:
+        raise BadInput("command line", override, "the value is not YAML") from None
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise BadInput("command line", override, f"{section} is not a section")
+    node[last] = value
+
+
+def _explain(message: str, kind: type) -> tuple[str, str]:
+    """msgspec's message -> (dotted key, sentence), with the nearest known key for an unknown one."""
+    text, _, where = message.partition(" - at `$")
+    place = where.rstrip("`").strip(".").removeprefix("[...]")
+    unknown = re.search(r"unknown field `(.+?)`", text)
+    if unknown:
+        node: Any = kind
+        for part in filter(None, place.split(".")):
+            node = {f.name: f.type for f in msgspec.structs.fields(node)}.get(part, node)
+        names = [f.name for f in msgspec.structs.fields(node)]
+        near = difflib.get_close_matches(unknown[1], names, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
+        return ".".join(filter(None, (place, unknown[1]))), f"unknown key; {hint}"
+    missing = re.search(r"missing required field `(.+?)`", text)
+    if missing:
+        return ".".join(filter(None, (place, missing[1]))), "required, and missing"
+    return place or "config", text[:1].lower() + text[1:]

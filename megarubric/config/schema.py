@@ -1,0 +1,283 @@
+"""The run configuration: one typed struct a section, shallow on purpose, every default visible here.
+
+Everything that can be refused is refused while parsing (`check_*` below), with the sentence a person needs, before a
+process starts. This package imports neither torch nor vllm nor megatron.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all sections: unknown keys are errors."""
+
+
+class Model(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The policy: a Hugging Face directory (config.json, safetensors, tokenizer)."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Data(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Prompts. Each file is a rubric file whose instance rubrics carry their prompt, or JSONL {id, prompt, rubric}.
+
+    `rubrics` names further rubric files or directories that JSONL prompts refer to by id.
+    """
+
+    train: str
+    heldout: str | None = None
+    rubrics: list[str] = []
+    max_prompt_tokens: int = 256
+    system_prompt: str | None = None
+
+
+class Rollout(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How answers are written: groups of `samples_per_prompt` for `prompts_per_step` prompts."""
+
+    engines: int = 1
+    tensor_parallel: int = 1
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 8
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.45  # of a GPU shared with a trainer rank
+    cpu_kv_gib: float = 0.5
+    replay: str | None = None  # a run's rollouts/ directory: train on those answers, sample none
+
+
+class Judge(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who judges the criteria that have no check.
+
+    kind: `frozen` (an engine with the weights in `model`, default the policy's first weights), `policy` (the policy
+    engine itself, changing as it trains), `url` (an OpenAI-compatible server), `none` (judged criteria are masked).
+    """
+
+    kind: Literal["frozen", "policy", "url", "none"] = "frozen"
+    model: str | None = None
+    url: str | None = None
+    url_model: str | None = None
+    template: str = "tier"
+    min_tier_mass: float = 0.5  # spec/reward.md: below it the judgement is unread
+    concurrency: int = 64
+    timeout_s: float = 120.0
+    tensor_parallel: int = 1
+    max_model_len: int = 1024
+    gpu_memory_utilization: float = 0.3
+    cpu_kv_gib: float = 0.5
+
+
+class Reward(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """From rewards to advantages (spec/reward.md, group advantages)."""
+
+    advantage: Literal["center", "standardize", "objective_wise"] = "standardize"
+    gamma: float = 0.0  # objective_wise only: weight w * (1 - running mean score)^gamma
+
+
+class Algorithm(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Policy optimisation. `name` chooses token weights and the surrogate; the numbers below are its knobs.
+
+    A clip or cap of null takes the algorithm's own default (recipe/algorithms.py lists them).
+    """
+
+    name: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    tis_cap: float = 2.0  # truncated importance sampling between engine and trainer; 0 = off
+    entropy_coef: float = 0.0
+    updates_per_step: int = 1  # optimizer steps a rollout batch is split into
+
+
+class Train(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The optimizer and its budget."""
+
+    steps: int = 20
+    lr: float = 1e-6
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    micro_batch_tokens: int = 4096
+    recompute: bool = False
+
+
+class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The trainer's layout. world size = `ranks` = dp * tp * pp * cp; experts: ep * etp divides dp * cp * tp."""
+
+    ranks: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    threads: int | None = None  # CPU threads a rank; null = cores / ranks
+    master_port: int | None = None  # null = a free one
+
+
+class Exchange(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Weight exchange: flat buckets in shared memory, two of `bucket_mb` MiB each."""
+
+    bucket_mb: int = 64
+    verify: bool = True  # compare the engine's checksum with the trainer's after every exchange
+
+
+class Checkpoint(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything needed to go on: model, optimizer, data position, RNG. `every` 0 saves at the end only."""
+
+    every: int = 10
+    keep: int = 2
+    export_hf: bool = True  # the last policy also as a Hugging Face directory
+
+
+class Evaluate(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Held-out evaluation with the same judge and reward."""
+
+    every: int = 0  # in steps; 0 = before and after only
+    samples_per_prompt: int = 4
+    limit: int | None = None
+    temperature: float = 1.0
+
+
+class Wandb(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Weights & Biases. `offline` needs no account and no network."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "megarubric"
+    entity: str | None = None
+    group: str | None = None
+
+
+class TrainConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`megarubric train`: one RL run."""
+
+    name: str
+    seed: int = 1
+    runs_dir: str = "runs"
+    model: Model
+    data: Data
+    rollout: Rollout = Rollout()
+    judge: Judge = Judge()
+    reward: Reward = Reward()
+    algorithm: Algorithm = Algorithm()
+    train: Train = Train()
+    parallel: Parallel = Parallel()
+    exchange: Exchange = Exchange()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    wandb: Wandb = Wandb()
+
+
+class SftData(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Supervised rows: JSONL, see docs/sft.md."""
+
+    train: list[str]
+    heldout: list[str] = []
+    epochs: float = 1.0
+    tokens_per_step: int = 8192
+
+
+class SftModel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`path` holds config.json and the tokenizer; `init` draws weights from the seed, or loads them from `path`."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    init: Literal["random", "load"] = "load"
+
+
+class SftConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`megarubric sft`: supervised cold start with the same trainer."""
+
+    name: str
+    seed: int = 1
+    runs_dir: str = "runs"
+    model: SftModel
+    data: SftData
+    train: Train = Train()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    wandb: Wandb = Wandb()
+    out: str | None = None  # where the trained model goes (Hugging Face directory); null = in the run directory
+
+
+def _positive(section: Section, name: str, *fields: str) -> str | None:
+    for field in fields:
+        if getattr(section, field) <= 0:
+            return f"{name}.{field}: must be above 0, is {getattr(section, field)}"
+    return None
+
+
+def check_parallel(p: Parallel) -> str | None:
+    """First thing wrong with the layout itself (what depends on the model is checked against its config), or None."""
+    wrong = _positive(p, "parallel", "ranks", "tp", "pp", "cp", "ep", "etp")
+    if wrong:
+        return wrong
+    if p.ranks % (p.tp * p.pp * p.cp):
+        return f"parallel: ranks {p.ranks} is not a multiple of tp * pp * cp = {p.tp * p.pp * p.cp}"
+    if (p.ranks // p.pp) % (p.ep * p.etp):
+        return f"parallel: ranks / pp = {p.ranks // p.pp} is not a multiple of ep * etp = {p.ep * p.etp}"
+    return None
+
+
+def check_optimizer(t: Train) -> str | None:
+    wrong = _positive(t, "train", "steps", "lr", "micro_batch_tokens", "eps", "grad_clip")
+    if wrong:
+        return wrong
+    if not (0 <= t.beta1 < 1 and 0 <= t.beta2 < 1):
+        return f"train: beta1 {t.beta1} and beta2 {t.beta2} must be in [0, 1)"
+    if t.warmup_steps > t.steps:
+        return f"train.warmup_steps: {t.warmup_steps} is more than train.steps {t.steps}"
+    return None
+
+
+def check_train(c: TrainConfig) -> str | None:
+    """First reason why this run cannot run, as ``key: sentence``, or None."""
+    wrong = check_parallel(c.parallel) or check_optimizer(c.train)
+    wrong = wrong or _positive(
+        c.rollout, "rollout", "engines", "tensor_parallel", "prompts_per_step", "samples_per_prompt", "max_new_tokens"
+    )
+    wrong = wrong or _positive(c.rollout, "rollout", "temperature", "max_num_seqs", "cpu_kv_gib")
+    wrong = wrong or _positive(c.judge, "judge", "concurrency", "timeout_s", "max_model_len")
+    wrong = wrong or _positive(c.algorithm, "algorithm", "updates_per_step")
+    wrong = wrong or _positive(c.exchange, "exchange", "bucket_mb") or _positive(c.checkpoint, "checkpoint", "keep")
+    if wrong:
+        return wrong
+    if not 0 < c.rollout.top_p <= 1:
+        return f"rollout.top_p: must be in (0, 1], is {c.rollout.top_p}"
+    if c.rollout.samples_per_prompt < 2:
+        return "rollout.samples_per_prompt: a group needs at least 2 samples to have an advantage"
+    if c.rollout.prompts_per_step % c.algorithm.updates_per_step:
+        return (
+            f"algorithm.updates_per_step: {c.algorithm.updates_per_step} does not divide "
+            f"rollout.prompts_per_step {c.rollout.prompts_per_step}"
+        )
+    if c.judge.kind == "url" and not c.judge.url:
+        return "judge.url: judge.kind is url, so it needs the server's address"
+    if c.judge.kind != "url" and c.judge.url:
+        return f"judge.url: given, but judge.kind is {c.judge.kind}"
+    if c.judge.kind in ("policy", "none") and c.judge.model:
+        return f"judge.model: given, but judge.kind is {c.judge.kind}"
+    if not 0 <= c.judge.min_tier_mass <= 1:
+        return f"judge.min_tier_mass: must be in [0, 1], is {c.judge.min_tier_mass}"
+    if c.judge.kind == "policy" and c.rollout.replay:
+        return "judge.kind: policy needs a policy engine, and rollout.replay starts none"
+    return None
+
+
+def check_sft(c: SftConfig) -> str | None:
+    wrong = check_parallel(c.parallel) or check_optimizer(c.train)
+    wrong = wrong or _positive(c.data, "data", "epochs", "tokens_per_step")
+    if not wrong and not c.data.train:
+        return "data.train: names no file"
+    return wrong
