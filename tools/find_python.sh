@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Prints a Python 3.12+ interpreter of this machine, or says in one line that there is none.
-# Looked for, in order: $PYTHON, python3.14..3.12 and python3 on PATH, pyenv's versions, uv's.
+# Looked for, in order: $PYTHON, python3.12, 3.13, 3.14 and python3 on PATH, pyenv's versions, uv's.
 good() { "$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; }
 
-candidates=("${PYTHON:-}" python3.13 python3.12 python3)
+candidates=("${PYTHON:-}" python3.12 python3.13 python3)
 for root in "${PYENV_ROOT:-$HOME/.pyenv}"; do
-  for version in 3.13 3.12; do
+  for version in 3.12 3.13; do
     for path in "$root"/versions/"$version"*/bin/python; do candidates+=("$path"); done
   done
 done

@@ -1,0 +1,1 @@
+"""Metrics, tables and files of a run."""
