@@ -1,0 +1,1 @@
+"""Evaluation: held-out rubric reward before, during and after a run."""

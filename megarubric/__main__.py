@@ -1,0 +1,7 @@
+"""`python -m megarubric` is the `megarubric` command."""
+
+import sys
+
+from megarubric.cli import main
+
+sys.exit(main())

@@ -1,0 +1,149 @@
+"""The command line: thin verbs over the packages (spec/cli.md).
+
+Exit status: 0 done; 1 done but some inputs were bad; 2 bad arguments, config or file; 3 interrupted, state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from megarubric import __version__
+from megarubric.errors import BadInput, MegarubricError
+
+Group = argparse._SubParsersAction  # argparse has no public name for it
+Handler = Callable[[argparse.Namespace], int]
+
+
+def _train(a: argparse.Namespace) -> int:
+    from megarubric.launch.run import run_train
+
+    return run_train(a.config, a.overrides, dry_run=a.dry_run, fresh=a.fresh)
+
+
+def _sft(a: argparse.Namespace) -> int:
+    from megarubric.sft import run_sft
+
+    return run_sft(a.config, a.overrides, fresh=a.fresh)
+
+
+def _eval(a: argparse.Namespace) -> int:
+    from megarubric.launch.run import run_eval
+
+    return run_eval(a.config, a.overrides, model=a.model, out=a.out, as_json=a.json)
+
+
+def _score(a: argparse.Namespace) -> int:
+    from megarubric.launch.score import run_score_verb
+
+    return run_score_verb(a)
+
+
+def _doctor(a: argparse.Namespace) -> int:
+    from megarubric.launch.doctor import doctor
+
+    return doctor(a.json)
+
+
+def _rubrics_lint(a: argparse.Namespace) -> int:
+    from megarubric.rubrics import commands
+
+    return commands.lint(a.paths, as_json=a.json, fix=a.fix)
+
+
+def _rubrics_stats(a: argparse.Namespace) -> int:
+    from megarubric.rubrics import commands
+
+    return commands.stats(a.paths, as_json=a.json)
+
+
+def _rubrics_show(a: argparse.Namespace) -> int:
+    from megarubric.rubrics import commands
+
+    return commands.show(a.paths, ids=a.id, as_json=a.json)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line, for `--help` and for tests."""
+    top = argparse.ArgumentParser(
+        prog="megarubric", description="Reinforcement learning from rubric rewards: Megatron-Core, vLLM, rubrics."
+    )
+    top.add_argument("--version", action="version", version=f"megarubric {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, handler: Handler, help: str, group: Group = verbs) -> argparse.ArgumentParser:
+        p = group.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        p.set_defaults(handler=handler)
+        return p
+
+    def config(p: argparse.ArgumentParser) -> None:
+        p.add_argument("config", metavar="CONFIG", help="YAML file (configs/ has them)")
+        p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.lr=1e-6")
+
+    p = verb("train", _train, "the run: sample, judge, aggregate, train, exchange, evaluate")
+    config(p)
+    p.add_argument("--dry-run", action="store_true", help="print config, layout, memory and commands; start nothing")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint (the default; for scripts)")
+    p.add_argument("--fresh", action="store_true", help="move an earlier run of this name aside and start anew")
+
+    p = verb("sft", _sft, "supervised cold start with the same trainer")
+    config(p)
+    p.add_argument("--fresh", action="store_true", help="move an earlier run of this name aside and start anew")
+
+    p = verb("eval", _eval, "evaluate a model on a config's held-out prompts; writes eval.json and a table")
+    config(p)
+    p.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of the policy to evaluate")
+    p.add_argument("--out", metavar="FILE", default="eval.json", help="where the result goes (default eval.json)")
+    p.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+
+    p = verb("score", _score, "judge and aggregate stored responses")
+    p.add_argument("--rubrics", required=True, metavar="FILE", help="rubric file or directory")
+    p.add_argument("--responses", required=True, metavar="FILE", help="JSONL, one response a line")
+    p.add_argument("--out", required=True, metavar="FILE", help="JSONL, one score a line, same order")
+    p.add_argument("--judge", default="none", metavar="none|MODEL_DIR|URL", help="who judges what is not stored")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where scores are aggregated")
+
+    p = verb("doctor", _doctor, "what this machine can run")
+    p.add_argument("--json", action="store_true")
+
+    group = verbs.add_parser("rubrics", help="corpus work", description="Corpus work.")
+    corpus = group.add_subparsers(dest="corpus_verb", required=True, metavar="VERB")
+    p = verb("lint", _rubrics_lint, "find what makes a rubric easy to game or hard to judge", corpus)
+    p.add_argument("paths", nargs="+", metavar="PATH")
+    p.add_argument("--fix", action="store_true", help="mend what can be mended safely, in place")
+    p.add_argument("--json", action="store_true", help="rows {file, rubric, criterion, rule, message}")
+    p = verb("stats", _rubrics_stats, "count rubrics, criteria, weights and sources", corpus)
+    p.add_argument("paths", nargs="+", metavar="PATH")
+    p.add_argument("--json", action="store_true")
+    p = verb("show", _rubrics_show, "print rubrics, readable", corpus)
+    p.add_argument("paths", nargs="+", metavar="PATH")
+    p.add_argument("--id", action="append", default=[], help="only this rubric (may be repeated)")
+    p.add_argument("--json", action="store_true")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; an error a user can cause is one line on standard error."""
+    a = parser().parse_args(argv)
+    handler: Handler = a.handler
+    try:
+        return handler(a)
+    except MegarubricError as error:
+        print(f"megarubric {a.verb}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"megarubric {a.verb}: interrupted", file=sys.stderr)
+        return 3
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        line = BadInput(error.filename or "system", None, error.strerror or str(error))
+        print(f"megarubric {a.verb}: {line}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Configuration: what parses, what is refused, and with which sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megarubric.config import dump, load_sft, load_train
+from megarubric.errors import BadInput
+
+MINIMAL = "name: t\nmodel: {path: m}\ndata: {train: d.jsonl}\n"
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_and_overrides(minimal: Path) -> None:
+    config = load_train(minimal, ["train.lr=1e-5", "rollout.samples_per_prompt=4", "judge.kind=none", "seed=7"])
+    assert (config.train.lr, config.rollout.samples_per_prompt, config.judge.kind, config.seed) == (1e-5, 4, "none", 7)
+    assert config.algorithm.name == "grpo"
+
+
+def test_dump_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
+    config = load_train(minimal, ["train.lr=3e-4"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load_train(again) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rolout.engines=1", "rolout: unknown key; did you mean rollout?"),
+        ("rollout.engine=1", "rollout.engine: unknown key; did you mean engines?"),
+        ("rollout.engines=two", "rollout.engines: expected `int`"),
+        ("rollout.samples_per_prompt=1", "at least 2 samples"),
+        ("rollout.top_p=1.5", "rollout.top_p"),
+        ("parallel.tp=3", "ranks 1 is not a multiple of tp * pp * cp = 3"),
+        ("parallel.ep=2", "not a multiple of ep * etp = 2"),
+        ("train.steps=0", "train.steps: must be above 0"),
+        ("train.warmup_steps=99", "train.warmup_steps"),
+        ("judge.kind=url", "judge.url"),
+        ("judge.url=http://h", "judge.url: given, but judge.kind is frozen"),
+        ("algorithm.updates_per_step=3", "does not divide"),
+        ("name=a/b", "is not a run name"),
+        ("train", "section.key=value"),
+        ("train.lr.x=1", "train.lr"),
+    ],
+)
+def test_refused_in_one_line(minimal: Path, override: str, words: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        load_train(minimal, [*(["train.lr=0.1"] if override == "train.lr.x=1" else []), override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "name: [\n", "name: t\n", "\x00"])
+def test_bad_files_name_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=r"bad\.yaml"):
+        load_train(path)
+    with pytest.raises(BadInput, match=r"bad\.yaml"):
+        load_sft(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no such file"):
+        load_train(tmp_path / "none.yaml")
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.dictionaries(st.text(), x)))
+def test_any_yaml_is_a_config_or_bad_input(tmp_path_factory: pytest.TempPathFactory, tree: object) -> None:
+    path = tmp_path_factory.mktemp("any") / "c.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(BadInput):
+        load_train(path)
