@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
+from pathlib import Path
 
 import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).parent))  # the test modules share helpers, and importlib mode adds no path
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT = [

@@ -1,0 +1,81 @@
+"""The run's own judge: a vLLM engine process asked over ZeroMQ for the log-probabilities of the tier tokens.
+
+The prompt is tokenised here (`PromptEncoder`), so the engine never sees text and no judged text can become a control
+token. Nothing is decoded: one prefill a criterion, sharing the prefix of its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megarubric.errors import BadInput
+from megarubric.judging.prompt import PromptEncoder
+from megarubric.judging.types import TierQuery, TierReply
+
+
+class TierEngine(Protocol):
+    """The part of `megarubric.rollout.client.EngineClient` that judging uses."""
+
+    async def tier_logprobs(self, queries: Sequence[Any]) -> Sequence[NDArray[np.float32]]: ...
+
+
+class EngineBackend:
+    """`engine` is an `EngineClient`; `tokenizer` the judge model's (transformers fast or `tokenizers.Tokenizer`).
+
+    `identity` names the model and its weights; pass a callable for a judge whose weights change (the policy itself).
+    `max_prompt_tokens` is the engine's context length less one: longer prompts are answered with an error, unasked.
+    """
+
+    def __init__(
+        self,
+        engine: TierEngine,
+        tokenizer: Any,
+        identity: str | Callable[[], str],
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        self._engine = engine
+        self._encoder = PromptEncoder(tokenizer)
+        self._identity = identity
+        self._max_prompt_tokens = max_prompt_tokens
+        self._tier_ids: dict[tuple[str, ...], NDArray[np.int32]] = {}
+
+    @property
+    def identity(self) -> str:
+        return self._identity if isinstance(self._identity, str) else self._identity()
+
+    async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]:
+        from megarubric.rollout.client import TokenTierQuery  # the judge itself works without the rollout package
+
+        prompts = await asyncio.to_thread(self._encode, queries)
+        replies: list[TierReply] = [TierReply(error="not asked")] * len(queries)
+        due: list[int] = []
+        asked: list[Any] = []
+        for i, (query, prompt) in enumerate(zip(queries, prompts)):
+            if self._max_prompt_tokens is not None and len(prompt) > self._max_prompt_tokens:
+                reason = f"prompt too long: {len(prompt)} tokens, the judge reads {self._max_prompt_tokens}"
+                replies[i] = TierReply(error=reason)
+                continue
+            due.append(i)
+            asked.append(TokenTierQuery(prompt_ids=prompt, tier_token_ids=self._tier_token_ids(query.tiers)))
+        rows = await self._engine.tier_logprobs(asked) if asked else []
+        if len(rows) != len(due):
+            return replies[: len(rows)]  # a wrong number of answers: the judge sees it and repeats the call
+        for i, row in zip(due, rows):
+            replies[i] = TierReply(logprobs=tuple(float(x) for x in row))
+        return replies
+
+    def _encode(self, queries: Sequence[TierQuery]) -> list[NDArray[np.int32]]:
+        return [np.array(self._encoder.encode(query.parts), dtype=np.int32) for query in queries]
+
+    def _tier_token_ids(self, tiers: tuple[str, ...]) -> NDArray[np.int32]:
+        if tiers not in self._tier_ids:
+            ids = [self._encoder.token_id(sign) for sign in tiers]
+            if len(set(ids)) != len(ids):
+                raise BadInput("tokenizer", " ".join(tiers), "two tier signs share one token")
+            self._tier_ids[tiers] = np.array(ids, dtype=np.int32)
+        return self._tier_ids[tiers]

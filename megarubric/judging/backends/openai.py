@@ -1,0 +1,296 @@
+"""A judge behind any OpenAI-compatible URL, asked over HTTP.
+
+Chat completions with log-probabilities give the distribution over the tier signs; a server without that endpoint is
+asked through plain completions; a server that returns no log-probabilities is read by its text (strict form, then a
+JSON schema). One request a criterion, `concurrency` at a time, with retries, back-off, rate-limit headers and a budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import logging
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import httpx
+import msgspec
+
+from megarubric.errors import BadInput
+from megarubric.judging.parser import parse_tier, parse_tier_json
+from megarubric.judging.prompt import chat_messages, defang
+from megarubric.judging.types import TierQuery, TierReply
+
+log = logging.getLogger(__name__)
+
+_RETRY_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
+_TOP_LOGPROBS = 20  # the most the API allows
+
+
+class OpenAISettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where and how to ask.
+
+    `url` is the API's base (``https://host/v1``). The key is read from the environment variable `key_env` and appears
+    nowhere else. `timeout_s` bounds one request, `deadline_s` one query with its retries. `max_requests` and
+    `max_tokens_total` are the budget (0: none); when it is spent the remaining queries are errors, unasked.
+    `prefill`: the server continues an unfinished assistant message (vLLM does), so one token answers.
+    """
+
+    url: str
+    model: str
+    key_env: str = "OPENAI_API_KEY"
+    api: Literal["auto", "chat", "completions"] = "auto"
+    prefill: bool = False
+    concurrency: int = 16
+    timeout_s: float = 60.0
+    deadline_s: float = 300.0
+    retries: int = 4
+    backoff_s: float = 0.5
+    max_backoff_s: float = 30.0
+    max_requests: int = 0
+    max_tokens_total: int = 0
+    answer_tokens: int = 12
+
+
+class _Retry(Exception):
+    """An attempt failed in a way that may pass; `after_s` is what the server asked for."""
+
+    def __init__(self, reason: str, after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.after_s = after_s
+
+
+class _GiveUp(Exception):
+    """An attempt failed in a way that will not pass."""
+
+
+class OpenAIBackend:
+    """See the module. Used from one event loop; `aclose` when done."""
+
+    def __init__(self, settings: OpenAISettings) -> None:
+        if not settings.url.startswith(("http://", "https://")):
+            raise BadInput("judge", settings.url, "a judge URL starts with http:// or https://")
+        self.settings = settings
+        self.requests = 0
+        self.tokens = 0
+        self.retried = 0
+        key = os.environ.get(settings.key_env, "")
+        self._client = httpx.AsyncClient(
+            base_url=settings.url.rstrip("/") + "/",
+            timeout=settings.timeout_s,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=settings.concurrency),
+        )
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._jitter = random.Random()  # spreads retries in time; touches no result
+        self._resume_at = 0.0
+        self._completions = settings.api == "completions"
+
+    @property
+    def identity(self) -> str:
+        return f"openai:{self.settings.url.rstrip('/')}#{self.settings.model}"
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]:
+        return list(await asyncio.gather(*(self._query(query) for query in queries)))
+
+    async def _query(self, query: TierQuery) -> TierReply:
+        async with self._slots:
+            try:
+                async with asyncio.timeout(self.settings.deadline_s):
+                    return await self._with_retries(query)
+            except TimeoutError:
+                return TierReply(error=f"timed out after {self.settings.deadline_s:g} s with retries")
+
+    async def _with_retries(self, query: TierQuery) -> TierReply:
+        reason = ""
+        for attempt in range(self.settings.retries + 1):
+            self.retried += attempt > 0
+            try:
+                return await self._ask(query)
+            except _Retry as error:
+                reason = str(error)
+                await self._back_off(attempt, error.after_s)
+            except _GiveUp as error:
+                return TierReply(error=str(error))
+        return TierReply(error=f"{reason} ({self.settings.retries + 1} attempts)")
+
+    async def _back_off(self, attempt: int, after_s: float | None) -> None:
+        """Exponential back-off with full jitter; what the server asked for holds for all queries of this client."""
+        if attempt >= self.settings.retries:
+            return
+        if after_s is not None:
+            after_s = min(after_s, self.settings.deadline_s)
+            self._resume_at = max(self._resume_at, time.monotonic() + after_s)
+        ceiling = min(self.settings.max_backoff_s, self.settings.backoff_s * 2**attempt)
+        await asyncio.sleep((after_s or 0.0) + self._jitter.uniform(0, ceiling))
+
+    async def _ask(self, query: TierQuery) -> TierReply:
+        if self._completions:
+            return await self._ask_completions(query)
+        messages, prefix = chat_messages(query.parts)
+        body: dict[str, Any] = {"messages": messages, "logprobs": True, "top_logprobs": _TOP_LOGPROBS}
+        body["max_tokens"] = self.settings.answer_tokens
+        if self.settings.prefill:
+            body["messages"] = [*messages, {"role": "assistant", "content": prefix}]
+            body.update(max_tokens=1, add_generation_prompt=False, continue_final_message=True)
+        try:
+            choice = await self._post("chat/completions", body)
+        except _GiveUp as error:
+            if self.settings.api == "auto" and str(error).startswith(("HTTP 404", "HTTP 405", "HTTP 501")):
+                log.warning("%s has no chat endpoint (%s): asking through completions", self.settings.url, error)
+                self._completions = True
+                return await self._ask_completions(query)
+            if not str(error).startswith("HTTP 400"):
+                raise
+            choice = await self._post("chat/completions", _without_logprobs(body))  # some models refuse logprobs
+        tokens = _field(choice, "logprobs", "content")
+        text = _field(choice, "message", "content")
+        if not isinstance(text, str):
+            raise _Retry("unreadable reply: no message content")
+        if isinstance(tokens, list) and tokens:
+            return _from_tokens(tokens, query.tiers)
+        verdict = parse_tier(text, query.tiers)
+        if verdict is None:
+            verdict = await self._ask_schema(messages, query.tiers)
+        if verdict is None:
+            return TierReply(error=f"no tier in the reply: {text[:80]!r}")
+        return TierReply(verdict=verdict)
+
+    async def _ask_schema(self, messages: list[dict[str, str]], tiers: tuple[str, ...]) -> int | None:
+        """Ask once more with structured output; None when that is refused or not followed."""
+        schema = {
+            "type": "object",
+            "properties": {"tier": {"type": "string", "enum": list(tiers)}},
+            "required": ["tier"],
+            "additionalProperties": False,
+        }
+        form = {"type": "json_schema", "json_schema": {"name": "tier", "strict": True, "schema": schema}}
+        body = {"messages": messages, "max_tokens": self.settings.answer_tokens, "response_format": form}
+        try:
+            choice = await self._post("chat/completions", body)
+        except _GiveUp:
+            return None
+        text = _field(choice, "message", "content")
+        return parse_tier_json(text, tiers) if isinstance(text, str) else None
+
+    async def _ask_completions(self, query: TierQuery) -> TierReply:
+        prompt = "".join(p.text if p.trusted else defang(p.text) for p in query.parts)
+        body = {"prompt": prompt, "max_tokens": 1, "logprobs": _TOP_LOGPROBS}
+        choice = await self._post("completions", body)
+        top = _field(choice, "logprobs", "top_logprobs")
+        if not isinstance(top, list) or not top or not isinstance(top[0], dict):
+            raise _GiveUp("no log-probabilities in the reply")
+        return _from_top([(str(token), logprob) for token, logprob in top[0].items()], query.tiers)
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The reply's only choice. Raises _Retry or _GiveUp."""
+        s = self.settings
+        if s.max_requests and self.requests >= s.max_requests:
+            raise _GiveUp(f"budget spent: {s.max_requests} requests")
+        if s.max_tokens_total and self.tokens >= s.max_tokens_total:
+            raise _GiveUp(f"budget spent: {s.max_tokens_total} tokens")
+        while (wait := self._resume_at - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        self.requests += 1
+        try:
+            response = await self._client.post(path, json={"model": s.model, "temperature": 0, **body})
+        except httpx.TimeoutException as error:
+            raise _Retry(f"timed out after {s.timeout_s:g} s") from error
+        except httpx.HTTPError as error:
+            raise _Retry(f"connection failed: {type(error).__name__}") from error
+        self._note_limits(response)
+        if response.status_code != 200:
+            reason = f"HTTP {response.status_code}: {' '.join(response.text[:120].split())}"
+            if response.status_code in _RETRY_STATUS:
+                raise _Retry(reason, _retry_after(response.headers))
+            raise _GiveUp(reason)
+        try:
+            reply = msgspec.json.decode(response.content)
+        except msgspec.DecodeError as error:
+            raise _Retry(f"unreadable reply: {error}") from error
+        spent = _field(reply, "usage", "total_tokens")
+        self.tokens += spent if isinstance(spent, int) else 0
+        choices = _field(reply, "choices")
+        if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
+            raise _Retry("unreadable reply: no choices")
+        if len(choices) != 1:
+            raise _Retry(f"wrong number of answers: {len(choices)} for 1 question")
+        choice: dict[str, Any] = choices[0]
+        return choice
+
+    def _note_limits(self, response: httpx.Response) -> None:
+        """A server that says it has no requests left is left alone until it says it has."""
+        if response.headers.get("x-ratelimit-remaining-requests") != "0":
+            return
+        reset = _duration(response.headers.get("x-ratelimit-reset-requests", ""))
+        if reset is not None:
+            self._resume_at = max(self._resume_at, time.monotonic() + min(reset, self.settings.deadline_s))
+
+
+def _without_logprobs(body: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in body.items() if key not in ("logprobs", "top_logprobs")}
+
+
+def _field(value: object, *path: str) -> Any:
+    """Nested field of decoded JSON, None where any step is missing."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _from_tokens(tokens: list[Any], tiers: tuple[str, ...]) -> TierReply:
+    """Find the token that is the verdict: the reply up to it is nothing, or the agreed ``Tier [``."""
+    before = ""
+    for entry in tokens:
+        token = _field(entry, "token")
+        top = _field(entry, "top_logprobs")
+        if not isinstance(token, str):
+            break
+        if re.fullmatch(r"\s*(Tier\s*\[\s*)?", before) and token.strip() in tiers and isinstance(top, list):
+            listed = [(_field(t, "token"), _field(t, "logprob")) for t in top] + [(token, _field(entry, "logprob"))]
+            return _from_top([(t, x) for t, x in dict(listed).items() if isinstance(t, str)], tiers)
+        before += token
+    return TierReply(error=f"no tier in the reply: {before[:80]!r}")
+
+
+def _from_top(top: list[tuple[str, Any]], tiers: tuple[str, ...]) -> TierReply:
+    """Sum the listed tokens that spell a sign (with or without white space); a sign not listed has probability 0."""
+    mass = dict.fromkeys(tiers, 0.0)
+    for token, logprob in top:
+        sign = token.strip()
+        if sign in mass and isinstance(logprob, int | float) and logprob <= 1e-3:
+            mass[sign] += math.exp(logprob)
+    if not any(mass.values()):
+        return TierReply(error="no tier among the listed tokens")
+    return TierReply(logprobs=tuple(min(0.0, math.log(p)) if p > 0 else -math.inf for p in mass.values()))
+
+
+def _retry_after(headers: httpx.Headers) -> float | None:
+    """Seconds of a Retry-After header: a number or an HTTP date."""
+    value = headers.get("retry-after", "").strip()
+    if not value:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _duration(text: str) -> float | None:
+    """Seconds of ``1s``, ``6m0s``, ``20ms`` or a plain number, None when it is something else."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
+    if not re.fullmatch(r"(\d+(\.\d+)?(ms|h|m|s)?)+", text):
+        return None
+    return sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|h|m|s|)", text))
