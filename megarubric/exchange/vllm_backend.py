@@ -1,0 +1,133 @@
+"""The worker side of a weight update, inside vLLM: a backend of vLLM's own weight-transfer interface.
+
+Every worker of an engine (one, or one a tensor-parallel rank) is told to load a bucket by the name of a memory mapping;
+it takes views of the Hugging Face tensors there and hands them to the model's own weight loader, which cuts out the
+rank's share. Loading goes through vLLM's layerwise reload: a layer's tensors are processed (packed, quantised) when the
+layer is complete and copied into the memory that the running kernels and graphs already point to.
+
+Naming this module's `WorkerExtension` as `worker_extension_cls` imports it in each worker, which registers the backend.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload.layerwise import (
+    LAYERWISE_INFO,
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from megarubric.exchange.buckets import Segment, TensorEntry, tensor_view
+
+BACKEND = "megarubric"
+
+
+class WorkerExtension:
+    """What a vLLM worker can do besides its own methods; vLLM mixes it into the worker's class."""
+
+    def abandon_weight_update(self) -> None:
+        """End a weight update that cannot be finished, so that another can start. The model must not run until then."""
+        backend = self.weight_transfer_engine  # type: ignore[attr-defined]
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            backend.abandon()
+        self._weight_update_active = False
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Nothing to connect: every bucket says where it lies."""
+
+
+@dataclass
+class BucketInfo(WeightTransferUpdateInfo):
+    """Where a bucket lies (`mapping`, see `open_mapping`) and its tensors, as plain values of `TensorEntry`."""
+
+    mapping: str
+    entries: list[dict[str, Any]]
+
+
+def open_mapping(name: str) -> Segment:
+    """Map a bucket read-only: a shared memory segment's name, or ``/proc/PID/fd/N`` of a process of the same user."""
+    if not name.startswith("/proc/"):
+        return Segment.open(name)
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return Segment(name, mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
+    finally:
+        os.close(fd)
+
+
+class SharedMemoryBackend(WeightTransferEngine[InitInfo, BucketInfo]):
+    """Loads weights from memory that this host's processes share."""
+
+    init_info_cls = InitInfo
+    update_info_cls = BucketInfo
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        return None
+
+    def start_weight_update(self) -> None:
+        """Put every layer into the form in which weights are loaded; the model cannot run until the update finishes."""
+        if self.device.type == "cpu":
+            # The CPU kernel packs expert weights when it is set up, and skips that when a kernel already exists: a
+            # reload would then leave unpacked weights behind the old kernel, silently wrong.
+            for module in self.model.modules():
+                method = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
+        initialize_layerwise_reload(self.model)
+
+    @torch.no_grad()
+    def receive_weights(self, update_info: BucketInfo) -> None:
+        """Load one bucket. When this returns, nothing refers to the bucket's memory any more."""
+        segment = open_mapping(update_info.mapping)
+        try:
+            entries = [msgspec.convert(e, TensorEntry) for e in update_info.entries]
+            self.model.load_weights((e.name, tensor_view(segment.buffer, e)) for e in entries)
+            self._copy_out(segment)
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+        finally:
+            segment.close()
+
+    def _copy_out(self, segment: Segment) -> None:
+        """Give tensors of unfinished layers, which the reload keeps by reference, memory of their own."""
+        start = torch.frombuffer(segment.buffer, dtype=torch.uint8, count=1).data_ptr()
+        end = start + len(segment.buffer)
+        for info in LAYERWISE_INFO.values():
+            for _, bound in info.loaded_weights:
+                for name, value in bound.arguments.items():
+                    if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                        if start <= value.untyped_storage().data_ptr() < end:
+                            bound.arguments[name] = value.clone()
+
+    def finish_weight_update(self) -> None:
+        """Process what is left and put the running form of every layer back."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def abandon(self) -> None:
+        """Put back the running form of layers that are not complete; complete ones keep their new weights."""
+        for info in LAYERWISE_INFO.values():
+            info.loaded_weights.clear()
+            info.load_numel = 0
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        return None
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryBackend)

