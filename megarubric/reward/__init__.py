@@ -1,0 +1,1 @@
+"""Rewards from criterion scores: the reference, the compiled ops, group advantages, attribution."""

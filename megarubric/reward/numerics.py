@@ -1,0 +1,78 @@
+"""The two transcendental functions of the reward equations, spelled out operation by operation.
+
+`csrc/reward_math.h` holds the same operations in the same order for C++ vectors and for CUDA threads. Every step is one
+IEEE-754 operation and no step may be fused into a multiply-add, so Python, CPU and GPU return the same bits. Library
+functions (`math.expm1`, `expf`, CUDA's `__expf`) differ between machines in the last place and would not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+F32 = np.float32
+
+LOG2_E = F32(1.4426950408889634)
+LN2_HIGH = F32(0.693359375)  # few significant bits: n * LN2_HIGH is exact for every n that occurs
+LN2_LOW = F32(-2.12194440054690583e-4)
+ROUND_MAGIC = F32(12582912.0)  # 1.5 * 2**23: adding it rounds a float32 to the nearest integer
+EXPM1_COEFFICIENTS = tuple(
+    F32(c) for c in (1.3946542e-3, 8.366656e-3, 4.166628e-2, 0.16666542, 0.5)
+)  # expm1(y) ~ y + y*y*P(y), |y| <= 0.347, highest power first; fitted, error below 2e-8 relative
+LARGEST_EXPONENT = F32(80.0)  # exp(-80) is far below half an ulp of 1
+
+
+def one_minus_exp(x: F32) -> F32:
+    """1 - exp(-x) for a float32 x >= 0, to about 2 ulp relative (also where x is tiny and 1 - exp would cancel)."""
+    x = x if x < LARGEST_EXPONENT else LARGEST_EXPONENT
+    n = (x * LOG2_E + ROUND_MAGIC) - ROUND_MAGIC
+    y = n * LN2_LOW - (x - n * LN2_HIGH)
+    p = EXPM1_COEFFICIENTS[0]
+    for coefficient in EXPM1_COEFFICIENTS[1:]:
+        p = p * y + coefficient
+    q = y + (y * y) * p
+    scale = F32(math.ldexp(1.0, -int(n)))
+    return (F32(1) - scale) - scale * q
+
+
+# Double precision: log on [sqrt(1/2), sqrt(2)) by the odd series in f = (m-1)/(m+1), exp on |r| <= ln(2)/2 by Taylor.
+LOG_TERMS = tuple(2.0 / k for k in (21, 19, 17, 15, 13, 11, 9, 7, 5, 3))
+EXP_TERMS = tuple(1.0 / math.factorial(k) for k in range(13, 1, -1))
+LN2_HIGH_64 = 0.693147180369123816490
+LN2_LOW_64 = 1.90821492927058770002e-10
+LOG2_E_64 = 1.4426950408889634
+ROUND_MAGIC_64 = 6755399441055744.0  # 1.5 * 2**52
+SQRT_HALF = 0.70710678118654752440
+SMALLEST_EXPONENT_64 = -700.0
+
+
+def log64(x: float) -> float:
+    """Natural logarithm of a normal double x > 0."""
+    m, e = math.frexp(x)  # m in [1/2, 1)
+    if m < SQRT_HALF:
+        m, e = m + m, e - 1
+    f = (m - 1.0) / (m + 1.0)
+    z = f * f
+    p = LOG_TERMS[0]
+    for term in LOG_TERMS[1:]:
+        p = p * z + term
+    return e * LN2_HIGH_64 + (e * LN2_LOW_64 + (2.0 * f + f * (z * p)))
+
+
+def exp64(x: float) -> float:
+    """exp(x) for a double x <= 0; below exp(-700) the result stays at exp(-700)."""
+    x = x if x > SMALLEST_EXPONENT_64 else SMALLEST_EXPONENT_64
+    n = (x * LOG2_E_64 + ROUND_MAGIC_64) - ROUND_MAGIC_64
+    r = (x - n * LN2_HIGH_64) - n * LN2_LOW_64
+    p = EXP_TERMS[0]
+    for term in EXP_TERMS[1:]:
+        p = p * r + term
+    return math.ldexp(1.0 + (r + r * r * p), int(n))
+
+
+def power(t: F32, p: F32) -> F32:
+    """t**p for float32 t in [0, 1] and p >= 1, rounded once from double precision (so t**1 == t exactly)."""
+    if t <= 0:
+        return F32(0)
+    return F32(exp64(float(p) * log64(float(t))))
