@@ -170,7 +170,7 @@ class Receiver:
                 raise UpdateRefused(f"version {version}: {_some(missing)} did not arrive")
             if self._digest.hexdigest() != checksum:
                 raise UpdateRefused(
-                    f"version {version}: checksum {self._digest.hexdigest()} of what arrived is not {checksum or 'given'}"
+                    f"version {version}: what arrived has checksum {self._digest.hexdigest()}, not {checksum!r}"
                 )
         except UpdateRefused:
             self._forget()

@@ -111,9 +111,8 @@ class SharedMemoryBackend(WeightTransferEngine[InitInfo, BucketInfo]):
         for info in LAYERWISE_INFO.values():
             for _, bound in info.loaded_weights:
                 for name, value in bound.arguments.items():
-                    if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-                        if start <= value.untyped_storage().data_ptr() < end:
-                            bound.arguments[name] = value.clone()
+                    if isinstance(value, torch.Tensor) and start <= value.untyped_storage().data_ptr() < end:
+                        bound.arguments[name] = value.clone()
 
     def finish_weight_update(self) -> None:
         """Process what is left and put the running form of every layer back."""

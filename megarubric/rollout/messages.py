@@ -21,12 +21,14 @@ from megarubric.exchange.rpc import Array, Frames, WireError, read_array
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one engine process, read from the JSON file that it is started with.
 
-    `model_dir` is a Hugging Face directory (config.json and safetensors). `max_model_len` counts prompt and answer
-    tokens together. On a GPU the engine takes `gpu_memory_utilization` of the device; on a CPU the KV cache takes
-    `kv_cache_gib` GiB of host memory and `threads` cores compute. `block_size` tokens share one KV block, the grain of
-    prefix sharing (0: vLLM's choice). `weight_version` labels the weights in `model_dir`. `staging` says how a weight update arrives: "host" keeps the whole new version
-    in host memory until it is verified, so that a bad update leaves the old version serving; "direct" loads bucket by
-    bucket into an idle engine, without the copy and without the old version to fall back on.
+    `model_dir` is a Hugging Face directory (config.json and safetensors), `weight_version` the label of its weights.
+    `max_model_len` counts prompt and answer tokens together. On a GPU the engine takes `gpu_memory_utilization` of the
+    device; on a CPU the KV cache takes `kv_cache_gib` GiB of host memory and `threads` cores compute. `block_size`
+    tokens share one KV block, the grain of prefix sharing (0: vLLM's choice).
+
+    `staging` says how a weight update arrives: "host" keeps the whole new version in host memory until it is verified,
+    so that a bad update leaves the old version serving; "direct" loads bucket by bucket into an idle engine, without
+    the copy and without the old version to fall back on.
     """
 
     model_dir: str
@@ -75,7 +77,10 @@ def pack_ragged(frames: Frames, arrays: Sequence[NDArray[Any]], dtype: Any) -> R
 
 
 def unpack_ragged(spec: Ragged, frames: Sequence[bytes | memoryview]) -> list[NDArray[Any]]:
-    """The arrays that `pack_ragged` put in `frames`, as read-only views. Raises WireError when the lengths do not add up."""
+    """The arrays that `pack_ragged` put in `frames`, as read-only views.
+
+    Raises WireError when the lengths do not add up.
+    """
     values, lengths = read_array(spec.values, frames), read_array(spec.lengths, frames)
     if values.ndim != 1 or lengths.ndim != 1 or (lengths < 0).any() or int(lengths.sum()) != len(values):
         raise WireError(f"ragged array: lengths add up to {int(lengths.sum())}, there are {values.size} values")
