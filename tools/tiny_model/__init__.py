@@ -1,0 +1,1 @@
+"""Remakes the tiny model from nothing: its texts, tokenizer, training rows, and the quickstart rubrics."""
