@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
-import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -180,12 +179,17 @@ class Judge:
         logprobs = reply.logprobs
         if logprobs is None or len(logprobs) != len(values):
             return _masked(criterion, "wrong number of tier log-probabilities", "judge")
-        if any(math.isnan(x) or x > 1e-3 for x in logprobs):
-            return _masked(criterion, "tier log-probabilities that are not log-probabilities", "judge")
-        value, entropy, mass, read = tier_expectation(logprobs, values, self.settings.min_tier_mass)
-        if not read:
-            return _masked(criterion, f"low tier mass: {mass:.3g}", "judge", float(entropy), float(mass))
-        return judgement_of(criterion, float(value), "judge", float(entropy), float(mass))
+        low, high = values[0], values[-1]
+        scores = [(value - low) / (high - low) for value in values]
+        try:
+            reading = tier_expectation(logprobs, scores, self.settings.min_tier_mass)
+        except BadInput as error:
+            return _masked(criterion, f"not log-probabilities: {error}", "judge")
+        score, mass = reading.value.item(), reading.mass.item()
+        if not reading.read:
+            return _masked(criterion, f"low tier mass: {mass:.3g}", "judge", None, mass)
+        value = low + score * (high - low)
+        return Judgement(criterion.id, value, score, "judge", True, reading.entropy.item(), mass)
 
 
 def tier_texts(criterion: Criterion) -> list[str]:

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from megarubric.errors import BadInput
 from megarubric.judging.prompt import PromptEncoder
 from megarubric.judging.types import TierQuery, TierReply
+from megarubric.rollout.messages import TokenScores, TokenTierQuery
 
 
 class TierEngine(Protocol):
     """The part of `megarubric.rollout.client.EngineClient` that judging uses."""
 
-    async def tier_logprobs(self, queries: Sequence[Any]) -> Sequence[NDArray[np.float32]]: ...
+    async def tier_logprobs(self, queries: Sequence[TokenTierQuery]) -> Sequence[TokenScores]: ...
 
 
 class EngineBackend:
@@ -49,12 +50,10 @@ class EngineBackend:
         return self._identity if isinstance(self._identity, str) else self._identity()
 
     async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]:
-        from megarubric.rollout.client import TokenTierQuery  # the judge itself works without the rollout package
-
         prompts = await asyncio.to_thread(self._encode, queries)
         replies: list[TierReply] = [TierReply(error="not asked")] * len(queries)
         due: list[int] = []
-        asked: list[Any] = []
+        asked: list[TokenTierQuery] = []
         for i, (query, prompt) in enumerate(zip(queries, prompts)):
             if self._max_prompt_tokens is not None and len(prompt) > self._max_prompt_tokens:
                 reason = f"prompt too long: {len(prompt)} tokens, the judge reads {self._max_prompt_tokens}"
@@ -66,7 +65,10 @@ class EngineBackend:
         if len(rows) != len(due):
             return replies[: len(rows)]  # a wrong number of answers: the judge sees it and repeats the call
         for i, row in zip(due, rows):
-            replies[i] = TierReply(logprobs=tuple(float(x) for x in row))
+            if row.logprobs is None:
+                replies[i] = TierReply(error=row.error or "the engine gave no log-probabilities")
+            else:
+                replies[i] = TierReply(logprobs=tuple(row.logprobs.tolist()))
         return replies
 
     def _encode(self, queries: Sequence[TierQuery]) -> list[NDArray[np.int32]]:

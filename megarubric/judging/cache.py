@@ -1,0 +1,216 @@
+"""Judgements kept for good: one SQLite file, shared by any number of processes, so that nothing is judged twice.
+
+A reply is named by the SHA-256 of everything that decides it: judge identity, rubric hash, criterion, prompt, response,
+template hash, tier signs, draw. The first reply stored under a name is the reply from then on, in every process: that
+makes a replay give the same rewards to the byte. The database is in WAL mode and every write is its own transaction, so
+a process killed at any moment loses at most the replies that had not reached it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from megarubric.errors import BadInput
+from megarubric.judging.types import TierBackend, TierQuery, TierReply, content_hash
+
+log = logging.getLogger(__name__)
+
+_SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x4D525542  # "MRUB": tells our file from any other SQLite database
+_BUSY_TIMEOUT_S = 30.0
+_encode_reply = msgspec.msgpack.Encoder().encode
+_decode_reply = msgspec.msgpack.Decoder(TierReply).decode
+
+
+class CacheStats(msgspec.Struct, frozen=True):
+    """`entries` and `bytes` of the file; `hits`, `misses` and `failed_writes` of this process."""
+
+    entries: int
+    bytes: int
+    hits: int
+    misses: int
+    failed_writes: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over look-ups, 0 before the first."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 0.0
+
+
+class JudgeCache:
+    """Key (hex digest) to value (bytes). Safe from several threads and processes at once.
+
+    Raises BadInput when `path` is not a cache this version can use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.hits = self.misses = self.failed_writes = 0
+        # One thread owns the connection: look-ups never block the event loop, and SQLite sees one thread only.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge-cache")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db: sqlite3.Connection = self._thread.submit(self._open).result()
+        except (sqlite3.Error, OSError) as error:
+            self._thread.shutdown()
+            raise BadInput(path, None, f"cannot be used as a judgement cache: {error}") from error
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")  # a crash of the process loses nothing, of the machine the tail
+            db.execute("BEGIN IMMEDIATE")
+            (owner,), (version,) = (
+                db.execute("PRAGMA application_id").fetchone(),
+                db.execute("PRAGMA user_version").fetchone(),
+            )
+            (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if tables == 0:
+                db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+                db.execute(
+                    "CREATE TABLE reply (key TEXT PRIMARY KEY, judge TEXT NOT NULL, value BLOB NOT NULL) WITHOUT ROWID"
+                )
+            elif owner != _APPLICATION_ID:
+                raise sqlite3.DatabaseError("it is another program's database")
+            elif version != _SCHEMA_VERSION:
+                raise sqlite3.DatabaseError(f"its format is version {version}, this program writes {_SCHEMA_VERSION}")
+            db.execute("COMMIT")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    async def get(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """The stored values among `keys`; counted as hits and misses, a repeated key once."""
+        keys = list(dict.fromkeys(keys))
+        found = await asyncio.wrap_future(self._thread.submit(self._get, keys))
+        self.hits += len(found)
+        self.misses += len(keys) - len(found)
+        return found
+
+    async def put(self, judge: str, values: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Store `values` in one transaction and return what is stored now: where another process was first, its value.
+
+        A disk that is full or gone is reported once and costs the cache, not the judgements.
+        """
+        # Shielded: a judge call that is cancelled by its time-out still keeps the replies that had come.
+        return await asyncio.shield(asyncio.wrap_future(self._thread.submit(self._put, judge, dict(values))))
+
+    def _get(self, keys: Sequence[str]) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        for start in range(0, len(keys), 500):
+            some = keys[start : start + 500]
+            marks = ",".join("?" * len(some))
+            found.update(self._db.execute(f"SELECT key, value FROM reply WHERE key IN ({marks})", some).fetchall())
+        return found
+
+    def _put(self, judge: str, values: dict[str, bytes]) -> dict[str, bytes]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany(
+                "INSERT OR IGNORE INTO reply VALUES (?, ?, ?)", [(key, judge, value) for key, value in values.items()]
+            )
+            stored = self._get(list(values))
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            if not self.failed_writes:
+                log.warning("%s: judgements are not being kept: %s", self.path, error)
+            self.failed_writes += len(values)
+            return values
+        return stored
+
+    def judges(self) -> list[str]:
+        """The identities whose replies are stored, in alphabetical order."""
+        query = "SELECT DISTINCT judge FROM reply ORDER BY judge"
+        return [judge for (judge,) in self._thread.submit(lambda: self._db.execute(query).fetchall()).result()]
+
+    def stats(self) -> CacheStats:
+        (entries,) = self._thread.submit(lambda: self._db.execute("SELECT count(*) FROM reply").fetchone()).result()
+        files = (self.path, self.path.with_name(self.path.name + "-wal"))
+        size = sum(f.stat().st_size for f in files if f.exists())
+        return CacheStats(entries, size, self.hits, self.misses, self.failed_writes)
+
+    def close(self) -> None:
+        self._thread.submit(self._db.close).result()
+        self._thread.shutdown()
+
+
+class CachedBackend:
+    """A `TierBackend` that asks `backend` only what `cache` does not hold; errors are not kept.
+
+    Without a backend (None) nothing is asked and what is missing is an error: replay. `identity` is then needed, to
+    know whose replies to read. `grain` queries go to the backend in one call and are stored together when it returns: 1
+    for a slow remote judge, where each answer is worth keeping at once.
+    """
+
+    def __init__(
+        self, backend: TierBackend | None, cache: JudgeCache, *, identity: str | None = None, grain: int = 64
+    ) -> None:
+        if backend is None and identity is None:
+            raise ValueError("replay needs the identity of the judge to replay")
+        self._backend, self._cache, self._replayed, self._grain = backend, cache, identity, grain
+        self._asking: dict[str, asyncio.Future[TierReply]] = {}
+
+    @property
+    def identity(self) -> str:
+        if self._backend is None:
+            assert self._replayed is not None
+            return self._replayed
+        return self._backend.identity
+
+    async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]:
+        judge = self.identity
+        keys = [content_hash(judge, q.content, *q.tiers, str(q.draw)) for q in queries]
+        stored = await self._cache.get(keys)
+        replies = {key: _decode_reply(value) for key, value in stored.items()}
+        due = {key: q for key, q in zip(keys, queries) if key not in replies}
+        if self._backend is None:
+            missing = TierReply(error="not in the judgement cache, and this is a replay")
+            return [replies.get(key, missing) for key in keys]
+        # A question that another call is asking right now is waited for, not asked again.
+        elsewhere = {key: self._asking[key] for key in due if key in self._asking}
+        own = [(key, q) for key, q in due.items() if key not in elsewhere]
+        groups = [own[i : i + self._grain] for i in range(0, len(own), self._grain)]
+        for key, _ in own:
+            self._asking[key] = asyncio.get_running_loop().create_future()
+        try:
+            answered = await asyncio.gather(*(self._ask(judge, group) for group in groups), return_exceptions=True)
+        finally:
+            for key, _ in own:
+                future = self._asking.pop(key)
+                if not future.done():
+                    future.set_result(TierReply(error="the same question failed in another call"))
+        for result in answered:
+            if isinstance(result, BaseException):
+                raise result
+            replies.update(result)
+        for key, future in elsewhere.items():
+            replies[key] = await asyncio.shield(future)
+        return [replies[key] for key in keys]
+
+    async def _ask(self, judge: str, group: Sequence[tuple[str, TierQuery]]) -> dict[str, TierReply]:
+        assert self._backend is not None
+        fresh = await self._backend.tier_logprobs([q for _, q in group])
+        if len(fresh) != len(group):
+            raise RuntimeError(f"wrong number of answers: {len(fresh)} for {len(group)} questions")
+        replies = {key: reply for (key, _), reply in zip(group, fresh)}
+        keep = {key: _encode_reply(reply) for key, reply in replies.items() if reply.error is None}
+        if keep:
+            stored = await self._cache.put(judge, keep)
+            replies.update((key, _decode_reply(value)) for key, value in stored.items())
+        for key, reply in replies.items():
+            self._asking[key].set_result(reply)
+        return replies
