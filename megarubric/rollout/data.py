@@ -177,7 +177,7 @@ class ChatTokenizer:
 
 
 def _stop_tokens(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end an answer: the generation config's and the tokenizer's end tokens. Raises BadInput without one."""
+    """Tokens that end an answer: the generation config's and the tokenizer's. Raises BadInput when there is none."""
     found: set[int] = set()
     path = model_dir / "generation_config.json"
     if path.exists():

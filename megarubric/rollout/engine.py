@@ -26,7 +26,7 @@ import msgspec
 
 from megarubric.errors import BadInput, MegarubricError
 from megarubric.exchange.rpc import CurveKeys, Server
-from megarubric.launch.process import die_with_parent, set_title
+from megarubric.launch.process import die_with_parent
 from megarubric.rollout.messages import EngineConfig, Request
 
 if TYPE_CHECKING:
@@ -202,13 +202,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, type=Path, help="EngineConfig as JSON")
     parser.add_argument("--keys", type=Path, help="CURVE key pair of the run, for tcp://")
     options = parser.parse_args(argv)
-    die_with_parent()
+    die_with_parent(os.getppid())  # whoever that is: in a container the controller may be process 1
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     stop = _Stop()
     server: Server[Request] | None = None
     try:
         config = read_config(options.config)
-        set_title(f"megarubric {config.role} engine {Path(config.model_dir).name}")
+        with contextlib.suppress(ImportError):  # a requirement of vLLM
+            import setproctitle
+
+            setproctitle.setproctitle(f"megarubric {config.role} engine {Path(config.model_dir).name}")
         server = Server(options.endpoint, Request, CurveKeys.load(options.keys) if options.keys else None)
         serve(config, server, stop)
     except MegarubricError as error:

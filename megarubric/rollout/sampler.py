@@ -37,7 +37,7 @@ class Sample:
 
 
 def sample_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
-    """Seed in [0, 2^63) of one sample: the same on every machine and in every process, unrelated for any two samples."""
+    """Seed in [0, 2^63) of one sample: the same on every machine and in every process, a different one a sample."""
     key = f"{run_seed}\0{step}\0{index}\0{prompt_id}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
@@ -61,13 +61,23 @@ class Sampler:
         RemoteError when an engine as a whole fails.
         """
         waiting = deque(self._requests(step, prompts))
-        finished: asyncio.Queue[Sample | None] = asyncio.Queue()
-        async with asyncio.TaskGroup() as tasks:
-            workers = [tasks.create_task(self._work(engine, waiting, finished)) for engine in self.engines]
-            end = asyncio.gather(*workers, return_exceptions=True)
-            end.add_done_callback(lambda _: finished.put_nowait(None))
-            while (sample := await finished.get()) is not None:
-                yield sample
+        events: asyncio.Queue[Sample | asyncio.Task[None]] = asyncio.Queue()
+        workers = [asyncio.create_task(self._work(engine, waiting, events)) for engine in self.engines]
+        for worker in workers:
+            worker.add_done_callback(events.put_nowait)
+        try:
+            busy = len(workers)
+            while busy:
+                event = await events.get()
+                if isinstance(event, Sample):
+                    yield event
+                else:
+                    event.result()  # raises what ended the worker
+                    busy -= 1
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
 
     async def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sample]]:
         """The groups of `prompts`, in their order, each with its samples in order."""
@@ -98,7 +108,7 @@ class Sampler:
         self,
         engine: EngineClient,
         waiting: deque[list[tuple[int, int, Prompt, GenerateRequest]]],
-        finished: asyncio.Queue[Sample | None],
+        events: asyncio.Queue[Sample | asyncio.Task[None]],
     ) -> None:
         """Keep one engine busy until no group waits and all its samples have ended."""
 
@@ -114,7 +124,7 @@ class Sampler:
                     await asyncio.sleep(0)  # let the other engines take theirs
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    finished.put_nowait(task.result())
+                    events.put_nowait(task.result())
         finally:
             for task in running:
                 task.cancel()
