@@ -34,8 +34,8 @@ def describe(config: TrainConfig, hf: Mapping[str, Any], commands: Sequence[tupl
         "# model and layout",
         f"parameters {size.total / 1e6:,.1f} M, active a token {size.active / 1e6:,.1f} M",
         f"{p.ranks} trainer ranks = dp {dp} x tp {p.tp} x pp {p.pp} x cp {p.cp}; experts: ep {p.ep} x etp {p.etp}",
-        f"a step: {config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples = {samples} answers,"
-        f" {config.algorithm.updates_per_step} optimizer step(s)",
+        f"a step: {config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples"
+        f" = {samples} answers, {config.algorithm.updates_per_step} optimizer step(s)",
         "",
         "# memory of the fullest trainer rank (arithmetic; CUDA context, NCCL and fragmentation come on top)",
         f"parameters   {gib(m.parameters)}",

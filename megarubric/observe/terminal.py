@@ -92,3 +92,20 @@ def show_examples(before: Summary, after: Summary, count: int = 2) -> None:
 
 def where(run_dir: Path) -> None:
     say(f"\nrun directory: {run_dir}  (metrics.jsonl, rollouts/, checkpoints/, logs/, wandb/)")
+
+
+def summary_table(summary: Summary, title: str) -> None:
+    """One evaluation as a table."""
+    table = Table(title=f"{title}: {summary.answers} held-out answers")
+    for column in ("criterion", "mean", "judged", "vetoes"):
+        table.add_column(column, justify="left" if column == "criterion" else "right")
+    for name, c in summary.criteria.items():
+        table.add_row(name, _cell(c.mean), f"{c.judged}/{c.asked}", str(c.vetoes))
+    table.add_section()
+    for name, value in (
+        ("reward", summary.reward),
+        ("veto rate", summary.veto_rate),
+        ("valid", summary.valid_fraction),
+    ):
+        table.add_row(name, _cell(value), "", "")
+    console.print(table)

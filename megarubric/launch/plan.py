@@ -1,0 +1,177 @@
+"""From a run configuration to the processes it needs: worker and engine settings, command lines, environments."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from megarubric.config import SftConfig, TrainConfig
+from megarubric.config.schema import Parallel, Train
+from megarubric.errors import BadInput
+from megarubric.megatron.messages import WorkerConfig
+from megarubric.rollout.messages import EngineConfig
+
+MODULES = {"trainer": "megarubric.megatron.worker", "engine": "megarubric.rollout.engine"}
+
+
+def read_hf_config(model_dir: str) -> dict[str, Any]:
+    """config.json of a Hugging Face directory. Raises BadInput naming the file."""
+    path = Path(model_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(path, None, "no such file: model.path is not a Hugging Face directory") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(path, None, f"cannot be read: {error}") from None
+    if not isinstance(config, dict) or "hidden_size" not in config:
+        raise BadInput(path, None, "is not a decoder configuration (no hidden_size)")
+    return config
+
+
+def check_layout(hf: dict[str, Any], p: Parallel, where: object) -> None:
+    """Refuse a layout that this model cannot have. Raises BadInput with the first reason."""
+    heads, kv = hf["num_attention_heads"], hf.get("num_key_value_heads", hf["num_attention_heads"])
+    experts, layers = hf.get("num_experts") or 1, hf["num_hidden_layers"]
+    stages = p.pp * (p.vpp or 1)
+    rules = [
+        (heads % p.tp, "parallel.tp", f"{p.tp} does not divide the model's {heads} attention heads"),
+        (kv % p.tp, "parallel.tp", f"{p.tp} does not divide the model's {kv} key-value heads"),
+        (layers % stages, "parallel.pp", f"pp * vpp = {stages} does not divide the model's {layers} layers"),
+        (experts % p.ep, "parallel.ep", f"{p.ep} does not divide the model's {experts} experts"),
+    ]
+    for remainder, key, reason in rules:
+        if remainder:
+            raise BadInput(where, key, reason)
+
+
+def worker_config(
+    model_dir: str, dtype: str, init: str, seed: int, p: Parallel, t: Train, *, reference: bool, bucket_mb: int
+) -> WorkerConfig:
+    """Settings of the trainer ranks. The shared-memory prefix is drawn anew: two runs on one host never meet."""
+    cores = os.cpu_count() or 1
+    return WorkerConfig(
+        model_dir=model_dir,
+        init=init,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
+        seed=seed,
+        tp=p.tp,
+        pp=p.pp,
+        vpp=p.vpp,
+        cp=p.cp,
+        ep=p.ep,
+        etp=p.etp,
+        micro_batch_tokens=t.micro_batch_tokens,
+        recompute=t.recompute,
+        weight_decay=t.weight_decay,
+        beta1=t.beta1,
+        beta2=t.beta2,
+        eps=t.eps,
+        grad_clip=t.grad_clip,
+        reference=reference,
+        bucket_bytes=bucket_mb << 20,
+        shm_prefix=f"megarubric-{secrets.token_hex(6)}",
+        threads=p.threads or max(1, cores // p.ranks),
+    )
+
+
+def train_worker_config(c: TrainConfig) -> WorkerConfig:
+    return worker_config(
+        c.model.path,
+        c.model.dtype,
+        "load",
+        c.seed,
+        c.parallel,
+        c.train,
+        reference=c.algorithm.kl_coef > 0,
+        bucket_mb=c.exchange.bucket_mb,
+    )
+
+
+def sft_worker_config(c: SftConfig) -> WorkerConfig:
+    return worker_config(
+        c.model.path, c.model.dtype, c.model.init, c.seed, c.parallel, c.train, reference=False, bucket_mb=1
+    )
+
+
+def engine_config(c: TrainConfig, role: Literal["policy", "judge"]) -> EngineConfig:
+    """Settings of a policy or judge engine."""
+    r, j = c.rollout, c.judge
+    threads = os.cpu_count() or 1
+    if role == "policy":
+        return EngineConfig(
+            model_dir=c.model.path,
+            role="policy",
+            dtype=c.model.dtype,
+            max_model_len=c.data.max_prompt_tokens + r.max_new_tokens
+            if j.kind != "policy"
+            else max(j.max_model_len, c.data.max_prompt_tokens + r.max_new_tokens),
+            max_num_seqs=r.max_num_seqs,
+            tensor_parallel=r.tensor_parallel,
+            gpu_memory_utilization=r.gpu_memory_utilization,
+            kv_cache_gib=r.cpu_kv_gib,
+            threads=threads,
+            seed=c.seed,
+        )
+    return EngineConfig(
+        model_dir=j.model or c.model.path,
+        role="judge",
+        dtype=c.model.dtype,
+        max_model_len=j.max_model_len,
+        max_num_seqs=r.max_num_seqs,
+        tensor_parallel=j.tensor_parallel,
+        gpu_memory_utilization=j.gpu_memory_utilization,
+        kv_cache_gib=j.cpu_kv_gib,
+        threads=threads,
+        seed=c.seed,
+    )
+
+
+def command(kind: Literal["trainer", "engine"], config: Path | str, endpoint: str) -> Sequence[str]:
+    return [sys.executable, "-m", MODULES[kind], "--config", str(config), "--endpoint", endpoint]
+
+
+def quiet_environment(threads: int) -> dict[str, str]:
+    """Environment of every child: thread counts that do not fight, no usage reports, no look-ups on a model hub."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def rank_environment(rank: int, world: int, local_rank: int, host: str, port: int, threads: int) -> dict[str, str]:
+    """What torchrun would set for one rank."""
+    return {
+        **quiet_environment(threads),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(local_rank),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+    }
+
+
+def socket_dir(run_dir: Path) -> Path:
+    """Private directory for the run's sockets: inside the run directory when the path is short enough for a socket."""
+    inside = (run_dir / "ipc").absolute()
+    if len(str(inside)) < 80:
+        return inside
+    return Path(tempfile.mkdtemp(prefix="megarubric-"))
+
+
+def write_json(path: Path, config: msgspec.Struct) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2))
+    return path

@@ -1,0 +1,267 @@
+"""`megarubric train` and `eval`: from a configuration to running parts, through resume, interruption and the last table."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from megarubric.config import TrainConfig, dump, load_train
+from megarubric.errors import BadInput, MegarubricError, ProcessDied
+from megarubric.evaluate.summary import Summary
+from megarubric.exchange.update import exchange
+from megarubric.launch import dry_run, plan
+from megarubric.launch.rundir import RunDir, RunState, claim
+from megarubric.launch.system import System, running
+from megarubric.observe import terminal
+from megarubric.observe.files import whole_file
+from megarubric.observe.metrics import MetricsLog
+from megarubric.recipe.experience import Answer, WritingTimes
+from megarubric.recipe.records import read_rollouts
+from megarubric.reward.advantages import CriterionMeans
+from megarubric.rollout.data import ChatTokenizer, Prompt, PromptOrder, read_prompts, tokenize_prompts
+from megarubric.rollout.sampler import Sampler, SamplingSettings
+
+
+class Prompts:
+    """The prompts of a run: training order, held-out set, and the tokenizer that rendered them."""
+
+    def __init__(self, c: TrainConfig) -> None:
+        self.tokenizer = ChatTokenizer(Path(c.model.path), c.data.system_prompt)
+        self.train = self._load(c, c.data.train)
+        held = self._load(c, c.data.heldout) if c.data.heldout else []
+        self.heldout = held[: c.evaluate.limit] if c.evaluate.limit is not None else held
+
+    def _load(self, c: TrainConfig, path: str) -> list[Prompt]:
+        rows = read_prompts(Path(path), [Path(p) for p in c.data.rubrics])
+        prompts = tokenize_prompts(rows, self.tokenizer, c.data.max_prompt_tokens, path)
+        if prompts.dropped:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in prompts.dropped_by_reason.items())
+            terminal.say(f"{path}: {len(prompts.dropped)} of {len(rows)} prompts left out ({reasons})")
+        return list(prompts)
+
+
+class Run:
+    """Everything the loop holds. `stop_requested` is set by the first SIGTERM or Ctrl-C."""
+
+    def __init__(self, c: TrainConfig, dir: RunDir, prompts: Prompts, system: System, log: MetricsLog) -> None:
+        self.config, self.dir, self.system, self.log = c, dir, system, log
+        self.tokenizer, self.heldout = prompts.tokenizer, prompts.heldout
+        self.prompts = {p.id: p for p in prompts.train}
+        self.order = PromptOrder(prompts.train, c.seed)
+        self.state = RunState(fit=fit_of(c))
+        self.criterion_means = CriterionMeans()
+        self.after: Summary | None = None
+        self.stop_requested = False
+        r, stop = c.rollout, self.tokenizer.stop_token_ids
+        draw = SamplingSettings(r.samples_per_prompt, r.max_new_tokens, stop, r.temperature, r.top_p, c.seed)
+        held = SamplingSettings(
+            c.evaluate.samples_per_prompt, r.max_new_tokens, stop, c.evaluate.temperature, r.top_p, c.seed
+        )
+        self.sampler = Sampler(system.policies, draw, r.max_num_seqs) if system.policies else None
+        self.eval_sampler = Sampler(system.policies, held, r.max_num_seqs) if system.policies else None
+
+    @property
+    def loss_knobs(self) -> dict[str, float | str | None]:
+        a = self.config.algorithm
+        return {
+            "clip_low": a.clip_low,
+            "clip_high": a.clip_high,
+            "tis_cap": a.tis_cap,
+            "kl_coef": a.kl_coef,
+            "kl_estimator": a.kl_estimator,
+            "entropy_coef": a.entropy_coef,
+        }
+
+    async def replay(self, step: int) -> tuple[list[Answer], WritingTimes]:
+        """The recorded answers of `step`, with their recorded judgements."""
+        assert self.config.rollout.replay is not None and self.system.judge is not None
+        samples, texts, items = read_rollouts(Path(self.config.rollout.replay), step, self.prompts)
+        judged = await self.system.judge.judge(items)
+        return [Answer(s, text, j) for s, text, j in zip(samples, texts, judged)], WritingTimes()
+
+    async def save(self) -> None:
+        """Checkpoint of everything; older ones beyond `checkpoint.keep` go when the new one is whole."""
+        assert self.system.trainer is not None
+        self.state.data = self.order.state_dict()
+        self.state.criterion_means = self.criterion_means.state_dict()
+        path = self.dir.checkpoint_path(self.state.step)
+        if path.exists():  # left by a run that died while it trained past this step with another configuration
+            shutil.rmtree(path)
+        await self.system.trainer.save(str(path.absolute()), msgspec.json.encode(self.state).decode())
+        self.dir.prune(self.config.checkpoint.keep)
+
+    async def resume(self) -> None:
+        """Go on from the newest checkpoint that is whole; a broken one is named and the one before it tried.
+
+        Raises BadInput when checkpoints are there and none can be used, or when one does not fit the configuration.
+        """
+        assert self.system.trainer is not None
+        refused: list[str] = []
+        for step in self.dir.checkpoint_steps():
+            path = self.dir.checkpoint_path(step)
+            try:
+                extra = await self.system.trainer.load(str(path.absolute()))
+            except MegarubricError as error:
+                refused.append(str(error))
+                terminal.say(f"checkpoint {path} cannot be used ({error}); trying the one before")
+                continue
+            state = msgspec.json.decode(extra, type=RunState)
+            for key, value in self.state.fit.items():
+                if state.fit.get(key) != value:
+                    raise BadInput(
+                        path, key, f"the checkpoint has {state.fit.get(key)}, the configuration says {value}"
+                    )
+            self.state = state
+            self.order.load_state_dict(state.data)
+            self.criterion_means.load_state_dict(state.criterion_means)
+            if self.system.policies:
+                await exchange(self.system.trainer, self.system.policies, state.version, self.config.exchange.verify)
+            terminal.say(f"resumed from {path}")
+            return
+        if refused:
+            raise BadInput(self.dir.checkpoints, None, f"no checkpoint can be used: {refused[0]}; --fresh starts anew")
+
+
+def fit_of(c: TrainConfig) -> dict[str, str]:
+    """What a checkpoint and a configuration must agree on."""
+    hf = plan.read_hf_config(c.model.path)
+    shape = "x".join(str(hf.get(k)) for k in ("num_hidden_layers", "hidden_size", "num_experts", "vocab_size"))
+    return {"model": shape, "model.dtype": c.model.dtype, "seed": str(c.seed), "data.train": c.data.train}
+
+
+def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool) -> int:
+    """The verb. Exit status 0 done, 3 interrupted with state saved."""
+    c = load_train(path, overrides)
+    hf = plan.read_hf_config(c.model.path)
+    plan.check_layout(hf, c.parallel, path)
+    if dry_run:
+        return _dry_run(c, hf)
+    with claim(c.runs_dir, c.name, fresh) as dir:
+        return asyncio.run(_run_train(c, dir))
+
+
+def _dry_run(c: TrainConfig, hf: dict[str, object]) -> int:
+    run_dir = Path(c.runs_dir) / c.name
+    Prompts(c)
+    commands = [
+        (f"trainer-{rank}", plan.command("trainer", run_dir / "logs/trainer.json", "ipc://trainer"))
+        for rank in range(c.parallel.ranks)
+    ]
+    if c.rollout.replay is None:
+        commands += [
+            (f"policy-{i}", plan.command("engine", run_dir / f"logs/policy-{i}.json", f"ipc://policy-{i}"))
+            for i in range(c.rollout.engines)
+        ]
+        if c.judge.kind == "frozen":
+            commands.append(("judge", plan.command("engine", run_dir / "logs/judge.json", "ipc://judge")))
+    print(dry_run.describe(c, hf, commands))
+    return 0
+
+
+async def _run_train(c: TrainConfig, dir: RunDir) -> int:
+    from megarubric.train import train
+
+    prompts = Prompts(c)
+    dir.write_config(dump(c))
+    steps = dir.checkpoint_steps()
+    if steps and steps[0] >= c.train.steps:
+        terminal.say(
+            f"{dir.path}: all {c.train.steps} steps are done already (train.steps=N goes on, --fresh starts anew)"
+        )
+        return 0
+    terminal.say(
+        f"run {c.name}: starting {c.parallel.ranks} trainer rank(s), {c.rollout.engines} policy engine(s), judge"
+    )
+    async with running(c, dir.path, plan.train_worker_config(c)) as system:
+        log = MetricsLog(dir.path, c.wandb, c.name, msgspec.to_builtins(c), (steps[0] + 1) if steps else 0)
+        run = Run(c, dir, prompts, system, log)
+        stop_on_signals(run)
+        try:
+            await run.resume()
+            await train(run)
+            if c.checkpoint.export_hf and system.trainer is not None:
+                await system.trainer.export_hf(str((dir.path / "model").absolute()))
+        except ProcessDied as error:
+            kept = dir.checkpoint_steps()
+            at = f"step {kept[0]}" if kept else "no checkpoint yet"
+            raise ProcessDied(f"{error}; saved: {at}; the same command goes on from there") from error
+        finally:
+            log.close()
+    _closing_words(run)
+    return 0
+
+
+def _closing_words(run: Run) -> None:
+    before, after = run.state.before, run.after
+    if before and after:
+        terminal.before_after(before, after)
+        terminal.show_examples(before, after)
+        terminal.say(
+            f"\nheld-out reward before {before.reward:.3f}, after {after.reward:.3f}, gain {after.reward - before.reward:+.3f}"
+        )
+        with whole_file(run.dir.path / "heldout.json") as f:
+            f.write(msgspec.json.format(msgspec.json.encode({"before": before, "after": after}), indent=1).decode())
+    terminal.where(run.dir.path)
+
+
+def stop_on_signals(run: Run) -> None:
+    """First SIGTERM or Ctrl-C: finish the step, save, exit 3. Second Ctrl-C: end at once."""
+    loop = asyncio.get_running_loop()
+
+    def ask() -> None:
+        if run.stop_requested:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            loop.remove_signal_handler(signal.SIGINT)
+            return
+        run.stop_requested = True
+        terminal.say("stopping after this step; the state will be saved (again: stop now, from the last checkpoint)")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ask)
+
+
+def run_eval(path: str, overrides: Sequence[str], *, model: str, out: str, as_json: bool) -> int:
+    """`megarubric eval`: held-out answers of the model in `model`, judged by the config's judge."""
+    from megarubric.evaluate.heldout import summary_of
+    from megarubric.recipe.experience import reward_answers, write_and_judge
+
+    c = load_train(path, [*overrides, f"model.path={model}"])
+    if c.judge.kind == "frozen" and c.judge.model is None:  # judge with the config's own model, not the one under test
+        c = load_train(
+            path, [*overrides, f"model.path={model}", f"judge.model={load_train(path, overrides).model.path}"]
+        )
+    if not c.data.heldout:
+        raise BadInput(path, "data.heldout", "names no file: there is nothing to evaluate on")
+    plan.read_hf_config(model)
+    prompts = Prompts(c)
+
+    async def work() -> Summary:
+        async with running(c, Path(c.runs_dir) / f"{c.name}-eval", None) as system:
+            settings = SamplingSettings(
+                c.evaluate.samples_per_prompt,
+                c.rollout.max_new_tokens,
+                prompts.tokenizer.stop_token_ids,
+                c.evaluate.temperature,
+                c.rollout.top_p,
+                c.seed,
+            )
+            sampler = Sampler(system.policies, settings, c.rollout.max_num_seqs)
+            assert system.judge is not None
+            answers, _ = await write_and_judge(sampler, system.judge, prompts.tokenizer, 0, prompts.heldout)
+            return summary_of(reward_answers(answers))
+
+    summary = asyncio.run(work())
+    text = msgspec.json.format(msgspec.json.encode(summary), indent=1).decode()
+    with whole_file(Path(out)) as f:
+        f.write(text + "\n")
+    if as_json:
+        print(text)
+    else:
+        terminal.summary_table(summary, model)
+        terminal.say(f"written to {out}")
+    return 0

@@ -1,0 +1,108 @@
+"""The running parts of one run: trainer ranks, policy engines, judge; started together, ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from megarubric.config import TrainConfig
+from megarubric.exchange.rpc import ipc_endpoint
+from megarubric.judging.backends import backend_for_engine, backend_for_url
+from megarubric.judging.judge import Judge, JudgeSettings
+from megarubric.launch import plan
+from megarubric.launch.supervisor import Child, Supervisor, free_port
+from megarubric.megatron.client import TrainerClient
+from megarubric.megatron.messages import WorkerConfig
+from megarubric.rollout.client import EngineClient
+from megarubric.rollout.messages import EngineConfig
+
+
+class System:
+    """Handles on the processes of a run. `trainer` is None in an evaluation, `policies` is empty when rollouts are
+    replayed, `judge` always answers (without a backend it judges by checks and stored judgements only)."""
+
+    def __init__(self, supervisor: Supervisor, sockets: Path) -> None:
+        self.supervisor, self.sockets = supervisor, sockets
+        self.trainer: TrainerClient | None = None
+        self.policies: list[EngineClient] = []
+        self.judge_engine: EngineClient | None = None
+        self.judge: Judge | None = None
+
+    def start_engine(self, name: str, config: EngineConfig) -> EngineClient:
+        """Start one engine process; it answers when the model is loaded."""
+        endpoint = ipc_endpoint(self.sockets, name)
+        path = plan.write_json(self.supervisor.log_dir / f"{name}.json", config)
+        child = self.supervisor.start(
+            name, plan.command("engine", path, endpoint), plan.quiet_environment(config.threads)
+        )
+        return EngineClient(endpoint, peer_status=child.status)
+
+    def start_trainer(self, config: WorkerConfig, ranks: int, port: int | None) -> TrainerClient:
+        """Start `ranks` trainer ranks on this host; rank 0 answers when all have built the model."""
+        endpoint = ipc_endpoint(self.sockets, "trainer")
+        path = plan.write_json(self.supervisor.log_dir / "trainer.json", config)
+        port = free_port(port)
+        children: list[Child] = []
+        for rank in range(ranks):
+            env = plan.rank_environment(rank, ranks, rank, "127.0.0.1", port, config.threads)
+            children.append(self.supervisor.start(f"trainer-{rank}", plan.command("trainer", path, endpoint), env))
+        return TrainerClient(endpoint, peer_status=lambda: first_ended(children))
+
+    async def ready(self) -> None:
+        """Wait until every part has loaded its model. Raises ProcessDied with the part's last words otherwise."""
+        engines = [*self.policies, *([self.judge_engine] if self.judge_engine else [])]
+        waits = [engine.ready() for engine in engines]
+        if self.trainer is not None:
+            waits.append(self.trainer.describe())
+        await asyncio.gather(*waits)
+
+    async def close(self) -> None:
+        clients = [*self.policies, self.judge_engine, self.trainer]
+        for client in clients:
+            if client is not None:
+                with contextlib.suppress(Exception):
+                    await client.close()
+        self.supervisor.stop()
+        shutil.rmtree(self.sockets, ignore_errors=True)
+
+
+def first_ended(children: Sequence[Child]) -> str | None:
+    """One line about the first of `children` that ended; a killed one before those that only followed it."""
+    lines = [(child.process.returncode or 0, line) for child in children if (line := child.status()) is not None]
+    return min(lines)[1] if lines else None
+
+
+@contextlib.asynccontextmanager
+async def running(config: TrainConfig, run_dir: Path, worker: WorkerConfig | None) -> AsyncIterator[System]:
+    """Start what `config` needs (and the trainer when `worker` is given), wait until all is ready, end all on exit."""
+    system = System(Supervisor(run_dir / "logs"), plan.socket_dir(run_dir))
+    try:
+        if worker is not None:
+            system.trainer = system.start_trainer(worker, config.parallel.ranks, config.parallel.master_port)
+        if config.rollout.replay is None:
+            policy = plan.engine_config(config, "policy")
+            system.policies = [system.start_engine(f"policy-{i}", policy) for i in range(config.rollout.engines)]
+        system.judge = make_judge(config, system)
+        await system.ready()
+        yield system
+    finally:
+        await system.close()
+
+
+def make_judge(config: TrainConfig, system: System) -> Judge:
+    """The run's judge; starts its engine when it needs one of its own."""
+    j = config.judge
+    settings = JudgeSettings(template=j.template, min_tier_mass=j.min_tier_mass, timeout_s=j.timeout_s)
+    if j.kind == "none" or config.rollout.replay is not None:
+        return Judge(None, settings)
+    if j.kind == "url":
+        assert j.url is not None
+        return Judge(backend_for_url(j.url, j.url_model, j.concurrency), settings)
+    if j.kind == "policy":
+        return Judge(backend_for_engine(system.policies[0], config.model.path), settings)
+    engine = plan.engine_config(config, "judge")
+    system.judge_engine = system.start_engine("judge", engine)
+    return Judge(backend_for_engine(system.judge_engine, engine.model_dir), settings)

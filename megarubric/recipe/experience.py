@@ -1,0 +1,193 @@
+"""From prompts to a training batch: answers are written, judged, aggregated into rewards and advantages.
+
+Each function is one of the loop's verbs and can be used alone. Judging overlaps with writing: a group is sent to the
+judge as soon as its last answer ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megarubric.config.schema import Algorithm as AlgorithmConfig
+from megarubric.config.schema import Reward
+from megarubric.errors import MegarubricError
+from megarubric.judging.judge import Judge
+from megarubric.judging.types import JudgeItem, Judgement
+from megarubric.megatron.messages import TrainBatch
+from megarubric.recipe.algorithms import algorithm
+from megarubric.reward.advantages import CriterionMeans, group_advantages, objective_wise
+from megarubric.reward.batch import aggregate_batch
+from megarubric.reward.reference import RewardResult
+from megarubric.rollout.data import ChatTokenizer, Prompt
+from megarubric.rollout.sampler import Sample, Sampler
+
+
+class RolloutError(MegarubricError):
+    """An engine could not write an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One sample with what became of it. `result` and `advantage` are set by `score`."""
+
+    sample: Sample
+    text: str
+    judgements: dict[str, Judgement]
+    result: RewardResult | None = None
+    advantage: float = 0.0
+
+    @property
+    def valid(self) -> bool:
+        return self.result is not None and self.result.valid
+
+    @property
+    def reward(self) -> float | None:
+        return self.result.reward if self.result is not None else None
+
+
+@dataclass(slots=True)
+class WritingTimes:
+    """Seconds: until the last answer ended; from then until the last judgement; with a judgement under way at all."""
+
+    rollout: float = 0.0
+    judge_tail: float = 0.0
+    judge_busy: float = 0.0
+
+
+async def write_and_judge(
+    sampler: Sampler, judge: Judge, tokenizer: ChatTokenizer, step: int, prompts: Sequence[Prompt]
+) -> tuple[list[Answer], WritingTimes]:
+    """Answers to `prompts` in order (group by group, sample by sample), judged.
+
+    Raises RolloutError when an answer could not be written (the engine's reason), ProcessDied when a process ended.
+    """
+    began, times = time.perf_counter(), WritingTimes()
+    size = sampler.settings.samples_per_prompt
+    groups: list[list[Sample]] = [[] for _ in prompts]
+    judging: list[asyncio.Task[list[Answer]]] = []
+    first_judged = None
+    try:
+        async for sample in sampler.stream(step, prompts):
+            if sample.completion.error is not None:
+                raise RolloutError(f"prompt {sample.prompt.id}, sample {sample.index}: {sample.completion.error}")
+            groups[sample.group].append(sample)
+            if len(groups[sample.group]) == size:
+                first_judged = first_judged or time.perf_counter()
+                judging.append(asyncio.create_task(judge_samples(judge, tokenizer, groups[sample.group])))
+        written = time.perf_counter()
+        answers = [answer for task in judging for answer in await task]
+    finally:
+        for task in judging:
+            task.cancel()
+        await asyncio.gather(*judging, return_exceptions=True)
+    ended = time.perf_counter()
+    times.rollout, times.judge_tail = written - began, ended - written
+    times.judge_busy = ended - (first_judged or ended)
+    return sorted(answers, key=lambda a: (a.sample.group, a.sample.index)), times
+
+
+async def judge_samples(judge: Judge, tokenizer: ChatTokenizer, samples: Sequence[Sample]) -> list[Answer]:
+    """Decode and judge finished samples."""
+    texts = [tokenizer.decode(s.completion.token_ids) for s in samples]
+    items = [JudgeItem(s.prompt.rubric, s.prompt.text, text) for s, text in zip(samples, texts)]
+    judged = await judge.judge(items)
+    return [Answer(s, text, j) for s, text, j in zip(samples, texts, judged)]
+
+
+def reward_answers(answers: Sequence[Answer]) -> list[Answer]:
+    """Criterion scores to rewards (spec/reward.md), on the compiled op when it is there."""
+    rubrics = list({a.sample.prompt.rubric.hash: a.sample.prompt.rubric for a in answers}.values())
+    place = {rubric.hash: i for i, rubric in enumerate(rubrics)}
+    index = [place[a.sample.prompt.rubric.hash] for a in answers]
+    scores = [{name: j.score for name, j in a.judgements.items()} for a in answers]
+    results = aggregate_batch(rubrics, index, scores).results()
+    return [replace(a, result=r) for a, r in zip(answers, results)]
+
+
+def score(answers: Sequence[Answer], reward: Reward, means: CriterionMeans) -> tuple[list[Answer], float]:
+    """Answers with rewards and advantages, and the share of groups that say nothing (degenerate).
+
+    `means` is updated with this step's criterion scores; objective-wise advantages use what it held before.
+    """
+    answers = reward_answers(answers)
+    group = np.array([a.sample.group for a in answers])
+    valid = np.array([a.valid for a in answers])
+    if reward.advantage == "objective_wise":
+        advantages, degenerate = _objective_wise(answers, group, valid, reward.gamma, means)
+    else:
+        rewards = np.array([np.nan if a.reward is None else a.reward for a in answers], np.float32)
+        advantages, degenerate = group_advantages(rewards, valid, group, reward.advantage)
+    for a in answers:
+        for name, j in a.judgements.items():
+            means.update(name, [j.score])
+    scored = [replace(a, advantage=float(x)) for a, x in zip(answers, advantages)]
+    return scored, float(np.mean(degenerate))
+
+
+def _objective_wise(
+    answers: Sequence[Answer], group: np.ndarray, valid: np.ndarray, gamma: float, means: CriterionMeans
+) -> tuple[np.ndarray, np.ndarray]:
+    """Columns are criterion ids over all rubrics of the step; a group's weights are its own rubric's. A vetoed answer
+    counts its reward as one more objective, so that a veto is felt whatever its criterion's weight."""
+    names = sorted({name for a in answers for name in a.judgements})
+    column = {name: k for k, name in enumerate(names)}
+    scores = np.zeros((len(answers), len(names) + 1), np.float32)
+    mask = np.zeros_like(scores, dtype=bool)
+    weights = np.zeros((int(group.max()) + 1, len(names) + 1), np.float32)
+    sbar = np.zeros_like(weights)
+    for i, a in enumerate(answers):
+        for name, j in a.judgements.items():
+            if j.score is not None:
+                scores[i, column[name]], mask[i, column[name]] = j.score, True
+        scores[i, -1], mask[i, -1] = float(not (a.result and a.result.vetoed)), True
+        for criterion in a.sample.prompt.rubric.criteria:
+            weights[group[i], column[criterion.id]] = criterion.weight
+            sbar[group[i], column[criterion.id]] = means.mean(criterion.id)
+        weights[group[i], -1] = sum(abs(c.weight) for c in a.sample.prompt.rubric.criteria)
+    return objective_wise(scores, mask, group, weights, sbar if gamma > 0 else None, gamma, valid)
+
+
+def make_batch(answers: Sequence[Answer], c: AlgorithmConfig, max_new_tokens: int) -> TrainBatch | None:
+    """The trainer's batch: prompt and answer tokens exactly as the engine had them, token advantages and weights.
+
+    Weights are made over all valid answers first; then answers that cannot move the policy (advantage 0, and neither a
+    KL nor an entropy term) are left out, which changes no gradient. None when nothing is left.
+    """
+    kept = [a for a in answers if a.valid and len(a.sample.completion.token_ids)]
+    if not kept:
+        return None
+    lengths = np.array([len(a.sample.prompt.token_ids) + len(a.sample.completion.token_ids) for a in kept], np.int32)
+    starts = np.array([len(a.sample.prompt.token_ids) for a in kept])
+    mask = np.concatenate([(np.arange(n) >= s).astype(np.float32) for n, s in zip(lengths, starts)])
+    updates = None
+    if c.updates_per_step > 1:
+        groups = {g: i for i, g in enumerate(sorted({a.sample.group for a in kept}))}
+        split = min(c.updates_per_step, len(groups))
+        updates = np.array([groups[a.sample.group] * split // len(groups) for a in kept], np.int32)
+    weights = algorithm(c.name).token_weights(mask, lengths, max_new_tokens, updates)
+    tokens = [np.concatenate([a.sample.prompt.token_ids, a.sample.completion.token_ids]) for a in kept]
+    engine = [np.concatenate([np.zeros(s, np.float32), a.sample.completion.logprobs]) for a, s in zip(kept, starts)]
+    advantages = np.repeat(np.array([a.advantage for a in kept], np.float32), lengths)
+    if updates is None and not c.kl_coef and not c.entropy_coef:
+        moves = np.array([a.advantage != 0 for a in kept])
+        if not moves.any():
+            return None
+        token_moves = np.repeat(moves, lengths)
+        tokens = [t for t, m in zip(tokens, moves) if m]
+        engine = [e for e, m in zip(engine, moves) if m]
+        lengths, mask, weights = lengths[moves], mask[token_moves], weights[token_moves]
+        advantages = advantages[token_moves]
+    return TrainBatch(
+        tokens=np.concatenate(tokens).astype(np.int32),
+        lengths=lengths,
+        loss_mask=mask,
+        advantages=advantages * mask,
+        weights=weights,
+        rollout_logprobs=np.concatenate(engine).astype(np.float32),
+        updates=updates,
+    )

@@ -1,0 +1,141 @@
+"""``rollouts/step_N.jsonl``: the answers of a step with judgements, reward and attribution; and back, for replay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from megarubric.errors import BadInput
+from megarubric.judging.types import JudgeItem
+from megarubric.observe.files import whole_file
+from megarubric.recipe.experience import Answer
+from megarubric.rollout.data import Prompt
+from megarubric.rollout.messages import Completion
+from megarubric.rollout.sampler import Sample
+
+
+class StoredJudgement(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A judgement as a rollout file keeps it (see `judging.types.Judgement`)."""
+
+    value: float | None
+    score: float | None
+    source: str
+    read: bool = True
+    entropy: float | None = None
+    tier_mass: float | None = None
+    reason: str | None = None
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One line. Token ids and log-probabilities are exactly the engine's (float32 values, written without loss)."""
+
+    step: int
+    prompt_id: str
+    group: int
+    sample: int
+    seed: int
+    rubric: str
+    rubric_hash: str
+    weight_version: int
+    finish_reason: str
+    prompt: str
+    response: str
+    reward: float | None
+    valid: bool
+    vetoed: bool
+    veto: str | None
+    r0: float | None
+    r1: float | None
+    advantage: float
+    judgements: dict[str, StoredJudgement]
+    attribution: dict[str, float]
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+def to_record(step: int, a: Answer) -> Record:
+    """An answer that `score` has seen, as a line."""
+    if a.result is None:
+        raise ValueError("an answer is recorded after it was scored")
+    s, r = a.sample, a.result
+    return Record(
+        step=step,
+        prompt_id=s.prompt.id,
+        group=s.group,
+        sample=s.index,
+        seed=s.seed,
+        rubric=s.prompt.rubric.id,
+        rubric_hash=s.prompt.rubric.hash,
+        weight_version=s.completion.weight_version,
+        finish_reason=s.completion.finish_reason,
+        prompt=s.prompt.text,
+        response=a.text,
+        reward=r.reward,
+        valid=r.valid,
+        vetoed=r.vetoed,
+        veto=r.veto,
+        r0=r.r0,
+        r1=r.r1,
+        advantage=a.advantage,
+        judgements={
+            name: StoredJudgement(j.value, j.score, j.source, j.read, j.entropy, j.tier_mass, j.reason)
+            for name, j in a.judgements.items()
+        },
+        attribution={name: float(x) for name, x in r.attribution.items()},
+        prompt_ids=s.prompt.token_ids.tolist(),
+        token_ids=s.completion.token_ids.tolist(),
+        logprobs=[float(x) for x in s.completion.logprobs],
+    )
+
+
+def write_rollouts(directory: Path, step: int, answers: Sequence[Answer]) -> Path:
+    """Write ``step_N.jsonl``, whole or not at all."""
+    path = directory / f"step_{step}.jsonl"
+    with whole_file(path) as f:
+        for a in answers:
+            f.write(msgspec.json.encode(to_record(step, a)).decode() + "\n")
+    return path
+
+
+def read_rollouts(
+    directory: Path, step: int, prompts: Mapping[str, Prompt]
+) -> tuple[list[Sample], list[str], list[JudgeItem]]:
+    """A recorded step as samples, their texts, and judge items that carry the stored judgements.
+
+    Raises BadInput naming file and line when the file is missing, a line is not a record, or its prompt or rubric is
+    not the one in `prompts`.
+    """
+    path = directory / f"step_{step}.jsonl"
+    if not path.exists():
+        raise BadInput(path, None, "no recorded rollouts of this step to replay")
+    decode = msgspec.json.Decoder(Record).decode
+    samples: list[Sample] = []
+    texts: list[str] = []
+    items: list[JudgeItem] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            r = decode(line)
+        except (msgspec.DecodeError, json.JSONDecodeError) as error:
+            raise BadInput(path, f"line {number}", str(error)) from None
+        prompt = prompts.get(r.prompt_id)
+        if prompt is None or prompt.rubric.hash != r.rubric_hash:
+            raise BadInput(path, f"line {number} ({r.prompt_id})", "its prompt or rubric is not this run's")
+        completion = Completion(
+            np.array(r.token_ids, np.int32),
+            np.array(r.logprobs, np.float32),
+            r.finish_reason,
+            r.weight_version,
+            r.weight_version,
+        )
+        seen = Prompt(prompt.id, prompt.text, prompt.rubric, np.array(r.prompt_ids, np.int32))
+        samples.append(Sample(r.group, r.sample, seen, r.seed, completion))
+        texts.append(r.response)
+        stored: dict[str, Any] = {name: j.value for name, j in r.judgements.items()}
+        items.append(JudgeItem(prompt.rubric, r.prompt, r.response, stored))
+    return samples, texts, items

@@ -1,0 +1,100 @@
+"""The loop: sample, judge, aggregate, train, exchange, evaluate. This file is the method; the rest is its parts."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from megarubric.errors import Interrupted
+from megarubric.evaluate.heldout import evaluate
+from megarubric.evaluate.summary import flat
+from megarubric.exchange.update import exchange
+from megarubric.launch.run import Run
+from megarubric.observe.terminal import say, step_line
+from megarubric.recipe.algorithms import algorithm
+from megarubric.recipe.experience import make_batch, score, write_and_judge
+from megarubric.recipe.learning import learn, learning_rate
+from megarubric.recipe.records import write_rollouts
+from megarubric.recipe.statistics import step_metrics
+
+
+class Clock:
+    """Seconds spent under each name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[f"perf/{name}_s"] += time.perf_counter() - began
+
+
+async def train(run: Run) -> None:
+    """Steps from where `run` stands to `train.steps`. Raises Interrupted, state saved, when asked to stop."""
+    c, state, system = run.config, run.state, run.system
+    trainer, judge = system.trainer, system.judge
+    settings = algorithm(c.algorithm.name).settings(**run.loss_knobs)
+    if state.step == 0 and run.heldout and run.sampler:
+        say(f"held-out answers before training ({len(run.heldout)} prompts) ...")
+        state.before = await evaluate(run, step=0)
+        run.log.log(0, flat(state.before, "eval"))
+
+    while state.step < c.train.steps:
+        step, clock = state.step + 1, Clock()
+        with clock("step"):
+            # Sample and judge: groups of answers, each judged while the next is still being written.
+            prompts = run.order.take(c.rollout.prompts_per_step)
+            if run.sampler:
+                answers, times = await write_and_judge(run.sampler, judge, run.tokenizer, step, prompts)
+            else:
+                answers, times = await run.replay(step)
+
+            # Aggregate: criterion scores to rewards, rewards to advantages within each group.
+            with clock("aggregate"):
+                answers, degenerate = score(answers, c.reward, run.criterion_means)
+                batch = make_batch(answers, c.algorithm, c.rollout.max_new_tokens)
+                write_rollouts(run.dir.rollouts, step, answers)
+
+            # Train: one or more optimizer steps on the batch.
+            with clock("train"):
+                lr = learning_rate(c.train, step)
+                trained = await learn(trainer, batch, settings, lr, old=c.algorithm.updates_per_step > 1)
+
+            # Exchange: the new weights go into service on every policy engine, as one version.
+            sent = 0
+            with clock("exchange"):
+                state.version += 1
+                if system.policies:
+                    report = await exchange(trainer, system.policies, state.version, c.exchange.verify)
+                    sent = report.nbytes
+
+        state.step = step
+        metrics = step_metrics(answers, degenerate, times, trained) | clock.seconds
+        metrics["perf/exchange_bytes"] = sent
+        metrics["train/weight_version"] = state.version
+        last = step == c.train.steps
+        if run.heldout and run.sampler and (last or (c.evaluate.every and step % c.evaluate.every == 0)):
+            run.after = await evaluate(run, step)
+            metrics |= flat(run.after, "eval")
+        run.log.log(step, metrics)
+        say(step_line(step, c.train.steps, metrics))
+
+        if last or run.stop_requested or (c.checkpoint.every and step % c.checkpoint.every == 0):
+            await run.save()
+        if run.stop_requested and not last:
+            raise Interrupted(f"stopped after step {step} of {c.train.steps}; the same command goes on from there")
+
+
+def summary_of_run(run: Run) -> dict[str, float]:
+    """Held-out reward before and after, for a caller that wants numbers."""
+    before = run.state.before.reward if run.state.before else np.nan
+    after = run.after.reward if run.after else np.nan
+    return {"before": before, "after": after, "gain": after - before}
