@@ -1,4 +1,4 @@
-"""`megarubric train` and `eval`: from a configuration to running parts, through resume, interruption and the last table."""
+"""`megarubric train` and `eval`: configuration, running parts, resume, interruption, last table."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ class Prompts:
 class Run:
     """Everything the loop holds. `stop_requested` is set by the first SIGTERM or Ctrl-C."""
 
-    def __init__(self, c: TrainConfig, dir: RunDir, prompts: Prompts, system: System, log: MetricsLog) -> None:
-        self.config, self.dir, self.system, self.log = c, dir, system, log
+    def __init__(self, c: TrainConfig, dir: RunDir, prompts: Prompts, system: System) -> None:
+        self.config, self.dir, self.system = c, dir, system
+        self.log: MetricsLog | None = None
         self.tokenizer, self.heldout = prompts.tokenizer, prompts.heldout
         self.prompts = {p.id: p for p in prompts.train}
         self.order = PromptOrder(prompts.train, c.seed)
@@ -178,11 +179,11 @@ async def _run_train(c: TrainConfig, dir: RunDir) -> int:
         f"run {c.name}: starting {c.parallel.ranks} trainer rank(s), {c.rollout.engines} policy engine(s), judge"
     )
     async with running(c, dir.path, plan.train_worker_config(c)) as system:
-        log = MetricsLog(dir.path, c.wandb, c.name, msgspec.to_builtins(c), (steps[0] + 1) if steps else 0)
-        run = Run(c, dir, prompts, system, log)
+        run = Run(c, dir, prompts, system)
         stop_on_signals(run)
         try:
             await run.resume()
+            run.log = MetricsLog(dir.path, c.wandb, c.name, msgspec.to_builtins(c), run.state.step)
             await train(run)
             if c.checkpoint.export_hf and system.trainer is not None:
                 await system.trainer.export_hf(str((dir.path / "model").absolute()))
@@ -191,7 +192,8 @@ async def _run_train(c: TrainConfig, dir: RunDir) -> int:
             at = f"step {kept[0]}" if kept else "no checkpoint yet"
             raise ProcessDied(f"{error}; saved: {at}; the same command goes on from there") from error
         finally:
-            log.close()
+            if run.log is not None:
+                run.log.close()
     _closing_words(run)
     return 0
 
@@ -201,9 +203,8 @@ def _closing_words(run: Run) -> None:
     if before and after:
         terminal.before_after(before, after)
         terminal.show_examples(before, after)
-        terminal.say(
-            f"\nheld-out reward before {before.reward:.3f}, after {after.reward:.3f}, gain {after.reward - before.reward:+.3f}"
-        )
+        gain = after.reward - before.reward
+        terminal.say(f"\nheld-out reward before {before.reward:.3f}, after {after.reward:.3f}, gain {gain:+.3f}")
         with whole_file(run.dir.path / "heldout.json") as f:
             f.write(msgspec.json.format(msgspec.json.encode({"before": before, "after": after}), indent=1).decode())
     terminal.where(run.dir.path)
@@ -230,11 +231,11 @@ def run_eval(path: str, overrides: Sequence[str], *, model: str, out: str, as_js
     from megarubric.evaluate.heldout import summary_of
     from megarubric.recipe.experience import reward_answers, write_and_judge
 
-    c = load_train(path, [*overrides, f"model.path={model}"])
-    if c.judge.kind == "frozen" and c.judge.model is None:  # judge with the config's own model, not the one under test
-        c = load_train(
-            path, [*overrides, f"model.path={model}", f"judge.model={load_train(path, overrides).model.path}"]
-        )
+    own = load_train(path, overrides)
+    tested = [*overrides, f"model.path={model}"]
+    if own.judge.kind == "frozen" and own.judge.model is None:  # the config's own model judges, not the one under test
+        tested.append(f"judge.model={own.model.path}")
+    c = load_train(path, tested)
     if not c.data.heldout:
         raise BadInput(path, "data.heldout", "names no file: there is nothing to evaluate on")
     plan.read_hf_config(model)

@@ -15,14 +15,14 @@ from megarubric.config.schema import Wandb
 class MetricsLog:
     """Appends one JSON object a step to ``metrics.jsonl`` and mirrors it to W&B.
 
-    Lines at or after `resume_step` (left by a run that ended between checkpoints) are dropped on opening, so that a
-    resumed run's file reads as if it had never stopped.
+    A run that goes on after `done` steps drops the lines of later steps (left by a run that ended between
+    checkpoints) on opening, so that its file reads as if it had never stopped.
     """
 
-    def __init__(self, run_dir: Path, wandb: Wandb, run_name: str, config: Mapping[str, Any], resume_step: int) -> None:
+    def __init__(self, run_dir: Path, wandb: Wandb, run_name: str, config: Mapping[str, Any], done: int) -> None:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines(True) if _step_of(line) < resume_step]
+            kept = [line for line in self.path.read_text().splitlines(True) if done and _step_of(line) <= done]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, self.path)

@@ -11,7 +11,7 @@ from megarubric.megatron.messages import LossSettings, TrainBatch, Trained
 
 
 def learning_rate(t: Train, step: int) -> float:
-    """Learning rate of step 1, 2, ...: linear warm-up, then constant, linear or cosine decay to ``min_lr_ratio * lr``."""
+    """Learning rate of step 1, 2, ...: linear warm-up, then the schedule down to ``min_lr_ratio * lr``."""
     if step <= t.warmup_steps:
         return t.lr * step / t.warmup_steps
     if t.schedule == "constant":
