@@ -1,0 +1,73 @@
+"""Model families: what a Hugging Face config.json means to Megatron, and where its tensors live there.
+
+One file a family. A family is a module with the attributes of `Family`; `family_of` finds it by ``model_type``.
+Adding one is a new file, a line in `_FAMILIES` and a test against transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from megarubric.errors import BadInput
+
+_FAMILIES = {"qwen3_moe": "megarubric.megatron.families.qwen3_moe"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows `start` to `stop` of the Hugging Face tensor `name` (all of its columns, if it has any)."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ParamSource:
+    """How one whole (not yet tensor-parallel) Megatron parameter is made of Hugging Face tensors.
+
+    `parts` are stacked along dimension 0 in the local parameter, each part being its runs one under the other. `split`
+    says what tensor parallelism divides: the rows of each part ("rows": column-parallel linears, embeddings), the
+    columns ("columns": row-parallel linears), or nothing (None). A fused gate/up projection thus has two parts, because
+    each rank holds its rows of the gate above its rows of the up projection. `expert` parameters are divided by expert
+    tensor parallelism instead and are replicated over the expert data parallel group.
+    """
+
+    parts: tuple[tuple[Run, ...], ...]
+    split: Literal["rows", "columns"] | None = None
+    expert: bool = False
+
+
+class Family(Protocol):
+    """What a family module provides. `hf` is the parsed config.json, `where` its path for error messages."""
+
+    def check(self, hf: dict[str, Any], where: str) -> None:
+        """Raise BadInput for a config this family cannot build exactly."""
+
+    def transformer_fields(self, hf: dict[str, Any]) -> dict[str, Any]:
+        """Fields of Megatron's TransformerConfig that the architecture decides."""
+
+    def rope_theta(self, hf: dict[str, Any]) -> float:
+        """Base period of the rotary embedding."""
+
+    def manifest(self, hf: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the checkpoint, in file order: all of a layer before the next."""
+
+    def param_source(self, hf: dict[str, Any], layer: int | None, name: str, expert: int | None) -> ParamSource:
+        """Where a parameter comes from.
+
+        `name` is Megatron's, below its decoder layer when `layer` (global, from 0) is given, and with ``experts.`` but
+        without the expert's index when `expert` (global) is given. Raises KeyError for a name the family lacks.
+        """
+
+
+def family_of(hf: dict[str, Any], where: str) -> Family:
+    """The family of a config.json. Raises BadInput for an unknown one and for a config the family refuses."""
+    model_type = hf.get("model_type")
+    if model_type not in _FAMILIES:
+        raise BadInput(where, "model_type", f"{model_type!r} is not supported; known: {', '.join(_FAMILIES)}")
+    family: Family = importlib.import_module(_FAMILIES[model_type])  # type: ignore[assignment]
+    family.check(hf, where)
+    return family
