@@ -180,12 +180,13 @@ class TrainConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class SftData(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Supervised rows: JSONL, see docs/sft.md."""
+    """Supervised rows (recipe/sft_data.py has their form). `train.steps` steps are taken, over as many passes as that
+    needs; each has about `tokens_per_step` tokens, prompts included."""
 
     train: list[str]
     heldout: list[str] = []
-    epochs: float = 1.0
     tokens_per_step: int = 8192
+    max_tokens: int = 1024  # longer rows are left out, and counted
 
 
 class SftModel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -277,7 +278,7 @@ def check_train(c: TrainConfig) -> str | None:
 
 def check_sft(c: SftConfig) -> str | None:
     wrong = check_parallel(c.parallel) or check_optimizer(c.train)
-    wrong = wrong or _positive(c.data, "data", "epochs", "tokens_per_step")
+    wrong = wrong or _positive(c.data, "data", "tokens_per_step", "max_tokens")
     if not wrong and not c.data.train:
         return "data.train: names no file"
     return wrong

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from megarubric.evaluate.summary import Summary
 from megarubric.exchange.update import exchange
 from megarubric.launch import dry_run, plan
 from megarubric.launch.rundir import RunDir, RunState, claim
+from megarubric.launch.signals import StopFlag
 from megarubric.launch.system import System, running
 from megarubric.observe import terminal
 from megarubric.observe.files import whole_file
@@ -46,7 +46,7 @@ class Prompts:
 
 
 class Run:
-    """Everything the loop holds. `stop_requested` is set by the first SIGTERM or Ctrl-C."""
+    """Everything the loop holds."""
 
     def __init__(self, c: TrainConfig, dir: RunDir, prompts: Prompts, system: System) -> None:
         self.config, self.dir, self.system = c, dir, system
@@ -57,7 +57,7 @@ class Run:
         self.state = RunState(fit=fit_of(c))
         self.criterion_means = CriterionMeans()
         self.after: Summary | None = None
-        self.stop_requested = False
+        self._stop = StopFlag()
         r, stop = c.rollout, self.tokenizer.stop_token_ids
         draw = SamplingSettings(r.samples_per_prompt, r.max_new_tokens, stop, r.temperature, r.top_p, c.seed)
         held = SamplingSettings(
@@ -65,6 +65,10 @@ class Run:
         )
         self.sampler = Sampler(system.policies, draw, r.max_num_seqs) if system.policies else None
         self.eval_sampler = Sampler(system.policies, held, r.max_num_seqs) if system.policies else None
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop.requested
 
     @property
     def loss_knobs(self) -> dict[str, float | str | None]:
@@ -180,7 +184,6 @@ async def _run_train(c: TrainConfig, dir: RunDir) -> int:
     )
     async with running(c, dir.path, plan.train_worker_config(c)) as system:
         run = Run(c, dir, prompts, system)
-        stop_on_signals(run)
         try:
             await run.resume()
             run.log = MetricsLog(dir.path, c.wandb, c.name, msgspec.to_builtins(c), run.state.step)
@@ -208,22 +211,6 @@ def _closing_words(run: Run) -> None:
         with whole_file(run.dir.path / "heldout.json") as f:
             f.write(msgspec.json.format(msgspec.json.encode({"before": before, "after": after}), indent=1).decode())
     terminal.where(run.dir.path)
-
-
-def stop_on_signals(run: Run) -> None:
-    """First SIGTERM or Ctrl-C: finish the step, save, exit 3. Second Ctrl-C: end at once."""
-    loop = asyncio.get_running_loop()
-
-    def ask() -> None:
-        if run.stop_requested:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            loop.remove_signal_handler(signal.SIGINT)
-            return
-        run.stop_requested = True
-        terminal.say("stopping after this step; the state will be saved (again: stop now, from the last checkpoint)")
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ask)
 
 
 def run_eval(path: str, overrides: Sequence[str], *, model: str, out: str, as_json: bool) -> int:
