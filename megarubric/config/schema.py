@@ -48,6 +48,7 @@ class Rollout(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.45  # of a GPU shared with a trainer rank
     cpu_kv_gib: float = 0.5
+    ignore_eos: bool = False  # benchmarks only: every answer has max_new_tokens
     replay: str | None = None  # a run's rollouts/ directory: train on those answers, sample none
 
 

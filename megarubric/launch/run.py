@@ -58,7 +58,7 @@ class Run:
         self.criterion_means = CriterionMeans()
         self.after: Summary | None = None
         self._stop = StopFlag()
-        r, stop = c.rollout, self.tokenizer.stop_token_ids
+        r, stop = c.rollout, () if c.rollout.ignore_eos else self.tokenizer.stop_token_ids
         draw = SamplingSettings(r.samples_per_prompt, r.max_new_tokens, stop, r.temperature, r.top_p, c.seed)
         held = SamplingSettings(
             c.evaluate.samples_per_prompt, r.max_new_tokens, stop, c.evaluate.temperature, r.top_p, c.seed
