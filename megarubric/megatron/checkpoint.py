@@ -1,0 +1,314 @@
+"""Checkpoints: Megatron's dist_checkpointing inside a directory that is there whole or not at all.
+
+    PATH/
+      weights/        model, distributed optimizer and random states (dist_checkpointing, torch_dist format)
+      extra.json      what the caller gave: its data position, step, random states
+      manifest.json   written last: format, layout, steps, and size and xxh3_128 of every file
+
+A save goes to a sibling directory and is renamed; `check` accepts a directory only when every file of the manifest is
+there with its size and hash. Ranks write and hash in parallel; the directory must be visible to all of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed as dist
+import xxhash
+
+from megarubric.errors import BadInput
+from megarubric.megatron import cpu
+
+cpu.ensure()  # before the megatron imports below
+
+from megatron.core import dist_checkpointing, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
+
+if TYPE_CHECKING:
+    from megarubric.megatron.trainer import Trainer
+
+FORMAT = 1
+_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
+
+
+class File(msgspec.Struct, frozen=True):
+    nbytes: int
+    xxh3_128: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """manifest.json. `model` is what of config.json decides shapes: name -> shape hashed."""
+
+    format: int
+    steps: int
+    world_size: int
+    layout: dict[str, int | None]
+    dtype: str
+    model: str
+    files: dict[str, File]
+
+
+def save(trainer: Trainer, path: Path, extra: str) -> int:
+    """Write `path`; its size in bytes. Collective.
+
+    Raises BadInput, on all ranks, when `path` exists, `extra` is not JSON or the disk is full; an earlier checkpoint is
+    never touched, and what was written is removed.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    first = trainer.rank == 0
+
+    def prepare() -> None:
+        json.loads(extra)
+        if path.exists():
+            raise FileExistsError(17, "exists already")
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "weights").mkdir(parents=True)
+        needed, free = _estimate(trainer), shutil.disk_usage(partial).free
+        if free < needed:
+            raise OSError(28, f"no room: about {needed >> 20} MiB needed, {free >> 20} MiB free")
+
+    def write() -> None:
+        dist_checkpointing.save(_state(trainer, loading=False), str(partial / "weights"))
+
+    def finish() -> None:
+        (partial / "extra.json").write_text(extra)
+        for file in _files(partial):
+            _sync(file)
+
+    def commit(files: dict[str, File]) -> None:
+        manifest = Manifest(
+            FORMAT,
+            trainer.steps,
+            trainer.world_size,
+            msgspec.structs.asdict(trainer.layout),
+            trainer.config.dtype,
+            _model_hash(trainer),
+            files,
+        )
+        (partial / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+        _sync(partial / "manifest.json")
+        partial.rename(path)
+        _sync(path.parent)
+
+    try:
+        with _together(trainer, path):
+            if first:
+                prepare()
+        with _together(trainer, path):
+            write()
+        with _together(trainer, path):
+            if first:
+                finish()
+        files: dict[str, File] = {}
+        with _together(trainer, path):
+            files = _hash_files(trainer, partial, [str(f.relative_to(partial)) for f in _files(partial)])
+        with _together(trainer, path):
+            if first:
+                commit(files)
+    except BadInput:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return sum(f.nbytes for f in files.values())
+
+
+def load(trainer: Trainer, path: Path) -> str:
+    """Restore model, optimizer, random states and step count from `path`; returns the saver's `extra`. Collective.
+
+    Raises BadInput naming what is wrong, before anything is changed, when the checkpoint is partial, corrupt or of
+    another model, dtype or layout.
+    """
+    with _together(trainer, path, "read"):
+        manifest = check(path, hashes=False)
+        for name, found, wanted in (
+            ("model", manifest.model, _model_hash(trainer)),
+            ("dtype", manifest.dtype, trainer.config.dtype),
+            ("world_size", manifest.world_size, trainer.world_size),
+            ("layout", manifest.layout, msgspec.structs.asdict(trainer.layout)),
+        ):
+            if found != wanted:
+                reason = f"is {found}, this run's is {wanted}"
+                raise BadInput(path, name, "was saved from another config.json" if name == "model" else reason)
+    with _together(trainer, path, "read"):
+        found_files = _hash_files(trainer, path, sorted(manifest.files))
+        for name, file in manifest.files.items():
+            if found_files[name] != file:
+                raise BadInput(path, name, "is corrupt: its hash is not the manifest's")
+        _refuse_foreign_objects(path / "weights" / ".metadata")
+    loaded = dist_checkpointing.load(_state(trainer, loading=True), str(path / "weights"))
+    for number, chunk in enumerate(trainer.model.chunks):
+        chunk.module.load_state_dict(loaded[f"model{number}"], strict=True)
+    trainer.model.optimizer.load_state_dict(loaded["optimizer"])
+    _set_random_state(loaded["random"])
+    trainer.steps = manifest.steps
+    return (path / "extra.json").read_text()
+
+
+def check(path: Path, *, hashes: bool = True) -> Manifest:
+    """The manifest of a complete checkpoint. Raises BadInput naming the first file that is missing, short or corrupt.
+
+    Not collective, and needs no process group: the controller uses it to choose the checkpoint to resume from.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise BadInput(path, None, "is not a checkpoint directory")
+    try:
+        manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
+    except OSError:
+        raise BadInput(path, "manifest.json", "is missing: the checkpoint is incomplete") from None
+    except msgspec.DecodeError as error:
+        raise BadInput(path, "manifest.json", f"cannot be read: {error}") from None
+    if manifest.format != FORMAT:
+        raise BadInput(path, "manifest.json", f"has format {manifest.format}, this version reads {FORMAT}")
+    for name, file in manifest.files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise BadInput(path, name, "lies outside the checkpoint")
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size is None:
+            raise BadInput(path, name, "is missing")
+        if size != file.nbytes:
+            raise BadInput(path, name, f"has {size} bytes, the manifest says {file.nbytes}")
+        if hashes and _hash(path / name) != file.xxh3_128:
+            raise BadInput(path, name, "is corrupt: its hash is not the manifest's")
+    return manifest
+
+
+# ------------------------------------------------------------------------------------------------------------- state
+
+
+def _state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
+    model: dict[str, Any] = {}
+    for number, chunk in enumerate(trainer.model.chunks):
+        model[f"model{number}"] = chunk.module.sharded_state_dict(metadata=_METADATA)
+    optimizer = trainer.model.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
+    random_state = ShardedObject("random", _random_state(), (trainer.world_size,), (trainer.rank,), replica_id=0)
+    return {**model, "optimizer": optimizer, "random": random_state}
+
+
+def _random_state() -> dict[str, Any]:
+    """Tensors and numbers only, so that it loads with torch's weights_only reader."""
+    version, keys, gauss = random.getstate()
+    _, np_keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+        "numpy": [torch.from_numpy(np_keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "python": [version, list(keys), gauss],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, python_keys, gauss = state["python"]
+    random.setstate((version, tuple(python_keys), gauss))
+
+
+def _model_hash(trainer: Trainer) -> str:
+    shapes = {name: list(shape) for name, shape in trainer.manifest.items()}
+    return xxhash.xxh3_128(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+
+
+def _estimate(trainer: Trainer) -> int:
+    """Bytes of a checkpoint: the weights, and master, first and second moment in float32."""
+    return trainer.n_parameters * (trainer.dtype.itemsize + 12)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(f for f in directory.rglob("*") if f.is_file() and f.name != "manifest.json")
+
+
+def _hash(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as f:
+        while block := f.read(16 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_files(trainer: Trainer, directory: Path, names: list[str]) -> dict[str, File]:
+    """Size and hash of each file, the work divided over the ranks; the whole on every rank."""
+    mine = names[trainer.rank :: trainer.world_size]
+    hashed = {name: File((directory / name).stat().st_size, _hash(directory / name)) for name in mine}
+    parts = _gather_bytes(trainer, msgspec.msgpack.encode(hashed))
+    return {n: f for part in parts for n, f in msgspec.msgpack.decode(part, type=dict[str, File]).items()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Names(pickle.Unpickler):
+    """Reads what torch's checkpoint metadata may hold and refuses every other class by name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        plain = {("collections", "OrderedDict"), ("builtins", "set"), ("torch", "Size"), ("_codecs", "encode")}
+        ours = module.startswith("torch.distributed.checkpoint.") or module == "torch.distributed._shard.sharded_tensor"
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        layout = module == "torch.serialization" and name == "_get_layout"
+        if not (ours or dtype or layout or (module, name) in plain or (module, name[:5]) == ("pathlib", "Posix")):
+            raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def _refuse_foreign_objects(metadata: Path) -> None:
+    """dist_checkpointing unpickles this file; see first that it constructs nothing but checkpoint metadata."""
+    try:
+        _Names(io.BytesIO(metadata.read_bytes())).load()
+    except Exception as error:
+        raise BadInput(metadata.parent.parent, "weights/.metadata", f"is refused: {error}") from None
+
+
+# -------------------------------------------------------------------------------------------------------- collectives
+
+
+def _gather_bytes(trainer: Trainer, data: bytes) -> list[bytes]:
+    sizes = torch.zeros(trainer.world_size, dtype=torch.int64)
+    sizes[trainer.rank] = len(data)
+    dist.all_reduce(sizes, group=trainer.control)
+    out = [torch.empty(int(n), dtype=torch.uint8) for n in sizes]
+    for rank, buffer in enumerate(out):
+        if rank == trainer.rank:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(buffer, src=rank, group=trainer.control)
+    return [bytes(buffer.numpy()) for buffer in out]
+
+
+@contextmanager
+def _together(trainer: Trainer, path: Path, verb: str = "written") -> Iterator[None]:
+    """A step all ranks leave alike: an error on one becomes the same BadInput on all."""
+    message = b""
+    try:
+        yield
+    except BadInput as error:
+        message = msgspec.json.encode([error.item, error.reason])
+    except (OSError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        message = msgspec.json.encode(["", f"cannot be {verb}: {reason}"])
+    failed = [m for m in _gather_bytes(trainer, message) if m]
+    if failed:
+        item, reason = msgspec.json.decode(failed[0], type=tuple[str, str])
+        raise BadInput(path, item or None, reason)

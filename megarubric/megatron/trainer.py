@@ -1,0 +1,375 @@
+"""One trainer rank: builds the policy, and answers log-probability, training, publishing and checkpoint calls.
+
+All ranks make the same calls with the same arguments. What a call returns is complete on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megarubric.errors import MegarubricError
+from megarubric.exchange.sender import Sender
+from megarubric.megatron import cpu
+
+cpu.ensure()  # before the megatron imports below
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+from megarubric.megatron import checkpoint, parallel, weights  # noqa: E402
+from megarubric.megatron.families import family_of  # noqa: E402
+from megarubric.megatron.logprob import token_logprobs  # noqa: E402
+from megarubric.megatron.loss import LossSums, TokenInputs, policy_loss  # noqa: E402
+from megarubric.megatron.messages import LossSettings, TrainBatch, UpdateMetrics, Which, WorkerConfig  # noqa: E402
+from megarubric.megatron.model import build_model, read_config  # noqa: E402
+from megarubric.megatron.optimizer import AdamSettings, TrainedModel  # noqa: E402
+from megarubric.megatron.packing import MicroBatch, PackSettings, pack, plan  # noqa: E402
+from megarubric.megatron.pieces import model_pieces  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class BadBatch(MegarubricError):
+    """A batch that this model or these loss settings cannot use."""
+
+
+class NoReference(MegarubricError):
+    """The reference was asked for and there is none."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A micro-batch on the device: this rank's positions (all of them without context parallelism)."""
+
+    packed: MicroBatch
+    positions: NDArray[np.int64]
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    params: Any
+    inputs: TokenInputs | None
+
+
+class Trainer:
+    """See the module. Making one joins torch.distributed (RANK, WORLD_SIZE, ... from the environment)."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        """Build the model and load its weights. Raises BadInput for a layout, config or checkpoint that cannot run."""
+        torch.set_num_threads(config.threads)
+        self.config = config
+        self.layout = parallel.ParallelLayout(
+            tp=config.tp, pp=config.pp, vpp=config.vpp, ep=config.ep, etp=config.etp, cp=config.cp
+        )
+        self.hf, where = read_config(config.model_dir)
+        self.family = family_of(self.hf, where)
+        self.dtype = DTYPES[config.dtype]
+        parallel.initialize(self.layout, seed=config.seed, timeout_s=config.timeout_s)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else cpu.CPU
+        # Commands and statistics go over gloo on the host on any machine, apart from the model's collectives.
+        self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_s))
+
+        models = build_model(self.hf, self.layout, dtype=self.dtype, recompute="full" if config.recompute else "none")
+        if config.init == "load":
+            weights.load_hf(models, config.model_dir, self.layout)
+        else:
+            weights.init_weights(models, self.hf, self.layout, config.seed)
+        adam = AdamSettings(config.beta1, config.beta2, config.eps, config.weight_decay, config.grad_clip)
+        self.model = TrainedModel(models, self.dtype, adam)
+        self.pieces = model_pieces(self.model.chunks, self.hf, self.layout)
+        self.manifest = self.family.manifest(self.hf)
+        self.steps = 0
+        self._reference = [_on_host(p) for p in self.model.parameters()] if config.reference else None
+
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.packing = PackSettings(
+            budget=config.micro_batch_tokens * config.cp,
+            dp=parallel_state.get_data_parallel_world_size(),
+            micro_batch_multiple=config.pp if config.vpp else 1,
+            sequence_multiple=2 * config.cp if config.cp > 1 else 1,
+            total_multiple=config.tp * config.cp,
+        )
+        # One tensor-parallel rank of the last stage speaks for its data: each token's values are reported once.
+        self._reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+        self.sender = Sender(
+            self.manifest,
+            self.dtype,
+            self.pieces,
+            rank=self.rank,
+            shm_prefix=config.shm_prefix,
+            bucket_bytes=config.bucket_bytes,
+            barrier=self.barrier,
+        )
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the whole model, vocabulary padding not counted."""
+        return sum(int(np.prod(shape)) for shape in self.manifest.values())
+
+    # Log-probabilities and training --------------------------------------------------------------------------------
+
+    def logprobs(
+        self, batch: TrainBatch, which: Which = "policy", temperature: float = 1.0
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Log-probability and entropy of every token, float32[T] each, 0 at the first token of a sequence.
+
+        The forward is the one `train` makes, on the same micro-batches, so what it returns for the policy equals what
+        `train` finds bit for bit. Raises BadBatch for tokens outside the vocabulary, NoReference without a reference.
+        """
+        self._check(batch)
+        if which == "reference":
+            with _Swapped(self):
+                return self._logprobs(batch, temperature)
+        return self._logprobs(batch, temperature)
+
+    def _logprobs(self, batch: TrainBatch, temperature: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        out = np.zeros((2, len(batch.tokens)), dtype=np.float32)
+        settings = LossSettings(temperature=temperature)
+        for update in plan(batch.lengths, batch.updates, self.packing):
+            work = [self._prepare(batch, rows, None) for rows in update[self.dp_rank]]
+            for done, values in zip(work, self._run(work, settings, train=False)):
+                self._scatter(done, values, out)
+        total = torch.from_numpy(out)
+        dist.all_reduce(total, group=self.control)  # each token from exactly one rank, zeros from the others
+        return out[0], out[1]
+
+    def train(self, batch: TrainBatch, settings: LossSettings, lr: float) -> list[UpdateMetrics]:
+        """One optimizer step for each update of `batch`; the metrics of each.
+
+        A batch with several updates and no `old_logprobs` gets those of the policy before the first. Raises BadBatch.
+        """
+        self._check(batch, settings)
+        old = batch.old_logprobs
+        if old is None and batch.n_updates > 1:
+            old = self._logprobs(batch, settings.temperature)[0]
+        metrics = []
+        for update in plan(batch.lengths, batch.updates, self.packing):
+            work = [self._prepare(batch, rows, self._inputs(batch, old)) for rows in update[self.dp_rank]]
+            self.model.zero_grad()
+            sums = self._run(work, settings, train=True)
+            norm, stepped = self.model.step(lr)
+            self.steps += int(stepped)
+            metrics.append(self._metrics(sums, work, norm, lr, stepped))
+        return metrics
+
+    def _run(self, work: Sequence[_Work], settings: LossSettings, *, train: bool) -> list[Tensor]:
+        """Forward (and backward) of the micro-batches through Megatron's pipeline schedule.
+
+        On the last stage a tensor a micro-batch: `LossSums.vector` when training, else float32[2, P] log-probabilities
+        and entropies. Nothing on other stages.
+        """
+        vocab_size = self.hf["vocab_size"]
+        group = parallel_state.get_tensor_model_parallel_group()
+
+        def step(iterator: Iterator[_Work], model: torch.nn.Module) -> tuple[Tensor, Any]:
+            item = next(iterator)
+            output = model(item.input_ids, item.position_ids, attention_mask=None, packed_seq_params=item.params)
+
+            def finish(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                logits = logits.squeeze(0)
+                values = token_logprobs(
+                    logits,
+                    item.targets,
+                    vocab_size=vocab_size,
+                    temperature=settings.temperature,
+                    vocab_start=group.rank() * logits.shape[1],
+                    group=group,
+                    reuse_logits=train,
+                )
+                tokens = torch.zeros((), dtype=torch.int, device=logits.device)
+                if not train:
+                    return values[0].sum(), tokens, torch.stack(values)
+                assert item.inputs is not None
+                loss, sums = policy_loss(*values, item.inputs, settings, self._context_sum)
+                return loss, tokens, sums.vector()
+
+            return output, finish
+
+        n_chunks = len(self.model.chunks)
+        with torch.set_grad_enabled(train):
+            return get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=[iter(work) for _ in range(n_chunks)] if n_chunks > 1 else iter(work),
+                model=self.model.chunks,
+                num_microbatches=len(work),
+                seq_length=max(len(item.positions) for item in work),
+                micro_batch_size=1,
+                forward_only=not train,
+            )
+
+    def _context_sum(self, sums: Tensor) -> Tensor:
+        """Per-sequence sums over the context-parallel ranks that share the sequences."""
+        if self.layout.cp > 1:
+            dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+        return sums
+
+    def _prepare(self, batch: TrainBatch, rows: NDArray[np.int64], inputs: dict[str, Any] | None) -> _Work:
+        packed = pack(rows, batch.tokens, batch.lengths, self.packing)
+        at = packed.context_slice(self.layout.cp, parallel_state.get_context_parallel_rank())
+
+        def device(values: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values[at])).to(self.device)
+
+        token_inputs = None
+        if inputs is not None:
+            fields = {k: None if v is None else device(packed.gather(v)) for k, v in inputs.items()}
+            token_inputs = TokenInputs(segment=device(packed.segment), n_sequences=len(rows), **fields)
+        return _Work(
+            packed=packed,
+            positions=at,
+            input_ids=device(packed.input_ids)[None],
+            position_ids=device(packed.position_ids)[None],
+            targets=device(packed.targets),
+            params=packed.packed_seq_params(self.device),
+            inputs=token_inputs,
+        )
+
+    @staticmethod
+    def _inputs(batch: TrainBatch, old: NDArray[np.float32] | None) -> dict[str, Any]:
+        return {
+            "mask": batch.loss_mask,
+            "weights": batch.weights,
+            "advantages": batch.advantages,
+            "old": old,
+            "rollout": batch.rollout_logprobs,
+            "ref": batch.ref_logprobs,
+        }
+
+    def _scatter(self, work: _Work, values: Tensor, out: NDArray[np.float32]) -> None:
+        if not self._reports:
+            return
+        whole = np.zeros((2, work.packed.size), dtype=np.float32)
+        whole[:, work.positions] = values.float().cpu().numpy()
+        here = np.zeros(work.packed.size, dtype=bool)
+        here[work.positions] = True
+        valid = here & (work.packed.token_index >= 0)
+        out[:, work.packed.token_index[valid]] = whole[:, valid]
+
+    def _metrics(
+        self, sums: Sequence[Tensor], work: Sequence[_Work], norm: float, lr: float, stepped: bool
+    ) -> UpdateMetrics:
+        names = LossSums.names()
+        is_max = torch.tensor([name.startswith("max_") for name in names])
+        local = torch.zeros(len(names), dtype=torch.float64)
+        if self._reports:
+            stacked = torch.stack(list(sums)).cpu()
+            local = torch.where(is_max, stacked.amax(0), stacked.sum(0))
+        counts = torch.zeros(2, dtype=torch.float64)
+        if self._reports:
+            counts[0] = sum(item.packed.real_tokens for item in work) / self.layout.cp
+            counts[1] = sum(item.packed.size for item in work) / self.layout.cp
+        added = torch.cat([local, counts])
+        largest = local.clone()
+        dist.all_reduce(added, group=self.control)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        value = dict(zip(names, torch.where(is_max, largest, added[:-2]).tolist()))
+        tokens, positions = added[-2:].tolist()
+        n = max(value["tokens"], 1.0)
+        return UpdateMetrics(
+            loss=value["loss"],
+            grad_norm=norm,
+            lr=lr,
+            kl=value["kl"] / n,
+            kl_ref=value["kl_ref"] / n,
+            entropy=value["entropy"] / n,
+            logprob_abs_diff=value["logprob_abs_diff"] / n,
+            logprob_max_diff=value["max_logprob_diff"],
+            ratio_max_deviation=value["max_ratio_deviation"],
+            clip_fraction=value["clipped"] / n,
+            tis_mean=value["tis"] / n,
+            tis_clipped_fraction=value["tis_clipped"] / n,
+            trained_tokens=round(value["tokens"]),
+            tokens=round(tokens),
+            micro_batches=len(work),
+            padding_fraction=1.0 - tokens / max(positions, 1.0),
+            skipped=not stepped,
+        )
+
+    def _check(self, batch: TrainBatch, settings: LossSettings | None = None) -> None:
+        """Refuse, on all ranks alike and before any collective, what would fail on one of them in the middle."""
+        if int(batch.tokens.max()) >= self.hf["vocab_size"]:
+            raise BadBatch(f"token id {int(batch.tokens.max())} is outside the vocabulary of {self.hf['vocab_size']}")
+        if batch.n_updates > len(batch.lengths):
+            raise BadBatch(f"{batch.n_updates} updates of {len(batch.lengths)} sequences")
+        if settings is None:
+            return
+        for name in ("loss_mask", "weights", "advantages"):
+            if getattr(batch, name) is None:
+                raise BadBatch(f"training needs {name}")
+        if settings.tis_cap > 0 and batch.rollout_logprobs is None:
+            raise BadBatch("tis_cap is set, but the batch has no rollout_logprobs")
+        if settings.kl_coef != 0 and batch.ref_logprobs is None:
+            raise BadBatch("kl_coef is set, but the batch has no ref_logprobs")
+
+    # Weights and state -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str, extra: str) -> int:
+        """Write a checkpoint directory; its size in bytes. See `checkpoint.save`."""
+        return checkpoint.save(self, Path(path), extra)
+
+    def load(self, path: str) -> str:
+        """Restore a checkpoint; returns the saver's `extra`. See `checkpoint.load`."""
+        return checkpoint.load(self, Path(path))
+
+    def export_hf(self, path: str) -> None:
+        """Write the policy as a Hugging Face directory, with the tokenizer files of the model it came from."""
+        weights.export_hf(self.model.chunks, path, self.hf, self.layout, carry_from=self.config.model_dir)
+
+    def offload(self) -> None:
+        """Move gradients and optimizer state to host memory, so that engines on the same GPU can use what they took."""
+        if self.device.type == "cuda":
+            for chunk in self.model.chunks:
+                chunk.offload_grad_buffers()
+            self.model.optimizer.offload_to_cpu()
+            torch.cuda.empty_cache()
+
+    def onload(self) -> None:
+        """Undo `offload`."""
+        if self.device.type == "cuda":
+            for chunk in self.model.chunks:
+                chunk.restore_grad_buffers()
+            self.model.optimizer.restore_from_cpu()
+
+    def close(self) -> None:
+        self.sender.close()
+        parallel.shutdown()
+
+
+class _Swapped:
+    """The reference's weights in the model, for the duration; the policy's come back bit for bit."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        if trainer._reference is None:
+            raise NoReference("this trainer keeps no reference: start it with reference = true")
+        self._parameters, self._reference = list(trainer.model.parameters()), trainer._reference
+        self._policy: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._policy = [_on_host(p) for p in self._parameters]
+        self._put(self._reference)
+
+    def __exit__(self, *_: object) -> None:
+        self._put(self._policy)
+        self._policy = []
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, values):
+                parameter.copy_(value)
+
+
+def _on_host(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", copy=True)
