@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def _step_of(line: str) -> float:
@@ -58,7 +59,7 @@ def _open_wandb(run_dir: Path, wandb: Wandb, run_name: str, config: Mapping[str,
 
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     run = wb.init(
         mode=wandb.mode,
         project=wandb.project,
