@@ -66,7 +66,7 @@ async def train(run: Run) -> None:
             # Train: one or more optimizer steps on the batch.
             with clock("train"):
                 lr = learning_rate(c.train, step)
-                trained = await learn(trainer, batch, settings, lr, old=c.algorithm.updates_per_step > 1)
+                trained = await learn(trainer, batch, settings, lr)
 
             # Exchange: the new weights go into service on every policy engine, as one version.
             sent = 0

@@ -1,4 +1,4 @@
-"""One training step on the trainer: reference and old log-probabilities when the loss needs them, then the update."""
+"""One training step on the trainer: the reference's log-probabilities when the loss needs them, then the update."""
 
 from __future__ import annotations
 
@@ -21,19 +21,14 @@ def learning_rate(t: Train, step: int) -> float:
     return t.lr * (t.min_lr_ratio + (1 - t.min_lr_ratio) * left)
 
 
-async def learn(
-    trainer: TrainerClient, batch: TrainBatch | None, settings: LossSettings, lr: float, old: bool
-) -> Trained | None:
+async def learn(trainer: TrainerClient, batch: TrainBatch | None, settings: LossSettings, lr: float) -> Trained | None:
     """Train on `batch`; None, and nothing changed, when there is nothing to learn from.
 
-    `old`: compute the policy's log-probabilities before the first update, so that later updates on the same batch
-    measure their ratio and KL from there. With a single update the policy is its own old policy.
+    A batch of several updates is measured against the policy before the first: the trainer computes those (old)
+    log-probabilities itself. With a single update the policy is its own old policy.
     """
     if batch is None:
         return None
-    if old:
-        before, _ = await trainer.logprobs(batch, "policy", settings.temperature)
-        batch = replace(batch, old_logprobs=before)
     if settings.kl_coef > 0:
         reference, _ = await trainer.logprobs(batch, "reference", settings.temperature)
         batch = replace(batch, ref_logprobs=reference)
