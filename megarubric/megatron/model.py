@@ -25,7 +25,6 @@ value is not used: gradients are plain sums over micro-batches and data parallel
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -47,32 +46,15 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megarubric.megatron.families import family_of  # noqa: E402
+from megarubric.megatron.families import family_of, read_config  # noqa: E402
 from megarubric.megatron.layers import decoder_spec  # noqa: E402
-from megarubric.megatron.parallel import ParallelLayout  # noqa: E402
+from megarubric.megatron.layout import ParallelLayout  # noqa: E402
 
 Recompute = Literal["none", "selective", "full"]
 Implementation = Literal["local", "transformer_engine"]
 
 # Low enough that its probability is exactly 0 in fp32 and bf16, and finite, so that p * log p is 0 and not nan.
 PADDING_LOGIT = -1e30
-
-
-def read_config(config: dict[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
-    """A config.json, its directory, or its parsed content -> (content, name for messages). Raises BadInput."""
-    if isinstance(config, dict):
-        return config, "config.json"
-    path = Path(config)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        parsed = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BadInput(path, None, error.strerror or str(error)) from None
-    except ValueError as error:
-        raise BadInput(path, None, f"is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise BadInput(path, None, "is not a JSON object")
-    return parsed, str(path)
 
 
 def padded_vocab_size(hf_config: dict[str, Any], layout: ParallelLayout) -> int:
@@ -98,6 +80,8 @@ def transformer_config(
     family = family_of(hf, where)
     implementation = implementation or ("transformer_engine" if torch.cuda.is_available() else "local")
     engine = implementation == "transformer_engine"
+    if layout.cp > 1 and not engine:
+        raise BadInput("parallel layout", "cp", "context parallelism needs Transformer Engine's attention, hence a GPU")
     fields: dict[str, Any] = {
         **family.transformer_fields(hf),
         "tensor_model_parallel_size": layout.tp,

@@ -18,14 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarubric.megatron import cpu
-
-cpu.ensure()  # before the megatron imports below
-
-from megatron.core import parallel_state  # noqa: E402
-
-from megarubric.megatron.families import ParamSource, Run, family_of  # noqa: E402
-from megarubric.megatron.parallel import ParallelLayout  # noqa: E402
+from megarubric.megatron.families import ParamSource, Run, family_of
+from megarubric.megatron.layout import ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -70,6 +64,8 @@ def model_pieces(models: Sequence[torch.nn.Module], hf_config: dict[str, Any], l
     embedding has pieces too, owned by none. Needs Megatron's process groups. Raises KeyError for a parameter the family
     does not know.
     """
+    from megatron.core import parallel_state  # models exist, so megatron is there, bridged if need be
+
     family = family_of(hf_config, "config.json")
     manifest = family.manifest(hf_config)
     dense = _Place(
@@ -142,7 +138,7 @@ def _cut(
         first = place.rank * share if source.split == "rows" else 0  # row of the whole part where this rank's begin
         position = 0
         for run in part:
-            # Intersect the run, rows [position, position + length) of the part, with this rank's [first, first + share).
+            # Intersect the run, rows [position, position + length) of the part, with [first, first + share).
             length = run.stop - run.start
             low, high = max(position, first), min(position + length, first + share)
             if low < high:
@@ -151,6 +147,9 @@ def _cut(
                 )
             position += length
         top += share
+    if top != param.shape[0]:
+        name = source.parts[0][0].name
+        raise ValueError(f"the parameter of {name} has {param.shape[0]} rows on this rank, its family says {top}")
 
 
 def _piece(

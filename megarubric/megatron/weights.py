@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from megarubric.errors import BadInput
-from megarubric.megatron.families import family_of
-from megarubric.megatron.model import read_config
-from megarubric.megatron.parallel import ParallelLayout
+from megarubric.megatron.families import family_of, read_config
+from megarubric.megatron.layout import ParallelLayout
 from megarubric.megatron.pieces import Piece, model_pieces
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -7,7 +7,9 @@ Adding one is a new file, a line in `_FAMILIES` and a test against transformers.
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megarubric.errors import BadInput
@@ -61,6 +63,23 @@ class Family(Protocol):
         `name` is Megatron's, below its decoder layer when `layer` (global, from 0) is given, and with ``experts.`` but
         without the expert's index when `expert` (global) is given. Raises KeyError for a name the family lacks.
         """
+
+
+def read_config(config: dict[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
+    """A config.json, its directory, or its parsed content -> (content, name for messages). Raises BadInput."""
+    if isinstance(config, dict):
+        return config, "config.json"
+    path = Path(config)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        parsed = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadInput(path, None, error.strerror or str(error)) from None
+    except ValueError as error:
+        raise BadInput(path, None, f"is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise BadInput(path, None, "is not a JSON object")
+    return parsed, str(path)
 
 
 def family_of(hf: dict[str, Any], where: str) -> Family:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
-
 from megarubric.errors import BadInput
 from megarubric.megatron.families import ParamSource, Run
 
@@ -75,6 +73,8 @@ def rope_theta(hf: dict[str, Any]) -> float:
 
 
 def transformer_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    import torch.nn.functional as F
+
     return {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
