@@ -1,0 +1,11 @@
+#include "group_advantages.h"
+
+namespace megarubric::cpu {
+
+void group_advantages(const AdvantageArgs& args, const ParallelFor& parallel_for) {
+  parallel_for(args.n_groups, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) group_advantages_of(args, group);
+  });
+}
+
+}  // namespace megarubric::cpu
