@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.metadata
 import json
 import logging
@@ -161,11 +162,14 @@ def serve(config: EngineConfig, server: Server[Request], stop: _Stop) -> None:
     cpu = on_cpu(config)
     set_environment(config, cpu)
     try:
+        gc.disable()  # importing makes millions of objects that stay: looking through them is a second of the start
         from megarubric.exchange.receiver import Receiver, manifest_of
         from megarubric.rollout.serving import EngineLoop
 
-        engine = build_engine(config, cpu)
+        gc.freeze()
         expected = manifest_of(Path(config.model_dir))
+        engine = build_engine(config, cpu)
+        gc.enable()
     except MegarubricError:
         raise
     except Exception as error:
@@ -185,15 +189,26 @@ def serve(config: EngineConfig, server: Server[Request], stop: _Stop) -> None:
         stop.loop.run()
     finally:
         receiver.close()
-        engine.engine_core.shutdown()
+        if config.tensor_parallel > 1:
+            engine.engine_core.shutdown()  # ends the other ranks' processes
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the innermost error: what went wrong, rather than what gave up because of it."""
+    """The innermost error on one line: what went wrong, rather than what gave up because of it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:400]}" if words else type(error).__name__
+
+
+def _log_to_stdout() -> None:
+    """Our own messages; vLLM logs by itself."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    logger = logging.getLogger("megarubric")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keys", type=Path, help="CURVE key pair of the run, for tcp://")
     options = parser.parse_args(argv)
     die_with_parent(os.getppid())  # whoever that is: in a container the controller may be process 1
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    _log_to_stdout()
     stop = _Stop()
     server: Server[Request] | None = None
     try:
@@ -229,4 +244,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the kernel frees a gigabyte of modules and tensors at once, the interpreter in seconds

@@ -234,8 +234,8 @@ class EngineLoop:
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
                 self.engine.add_request(request_id, tokens_input(prompt.tolist()), sampling)
-            except (ValueError, TypeError) as error:  # vLLM's own validation
-                wrong = " ".join(str(error).split())
+            except Exception as error:  # vLLM's own validation, which has no common class
+                wrong = " ".join(str(error).split()) or type(error).__name__
             else:
                 self._jobs[request_id] = (job, index, len(prompt))
                 return
