@@ -177,7 +177,7 @@ class Describe(msgspec.Struct, frozen=True, tag=True):
 
 
 class Logprobs(msgspec.Struct, frozen=True, tag=True):
-    """Log-probabilities of the batch's tokens under the policy or the reference, by the training forward."""
+    """Log-probabilities of the batch's tokens (those of its loss_mask, all without one), by the training forward."""
 
     batch: WireBatch
     which: Which = "policy"
@@ -279,7 +279,7 @@ class Description(msgspec.Struct, frozen=True, tag=True):
 
 
 class TokenValues(msgspec.Struct, frozen=True, tag=True):
-    """float32[T] log-probabilities and entropies (nats), 0 at the first token of each sequence; `seconds` of work."""
+    """float32[T] log-probabilities and entropies (nats), 0 where none was asked for; `seconds` of work."""
 
     logprobs: Array
     entropy: Array

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,15 @@ class NoReference(MegarubricError):
 
 @dataclass(frozen=True)
 class _Work:
-    """A micro-batch on the device: this rank's positions (all of them without context parallelism)."""
+    """A micro-batch on the device.
+
+    input_ids, position_ids int64[1, P']: this rank's positions (all P without context parallelism). scored int64[n]:
+    positions of the packing whose predictions are wanted; `rows` the same counted among this rank's positions.
+    """
 
     packed: MicroBatch
-    positions: NDArray[np.int64]
+    scored: NDArray[np.int64]
+    rows: Tensor
     input_ids: Tensor
     position_ids: Tensor
     targets: Tensor
@@ -124,10 +130,11 @@ class Trainer:
     def logprobs(
         self, batch: TrainBatch, which: Which = "policy", temperature: float = 1.0
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Log-probability and entropy of every token, float32[T] each, 0 at the first token of a sequence.
+        """Log-probability and entropy of the tokens, float32[T] each: those of `loss_mask`, all without one, else 0.
 
         The forward is the one `train` makes, on the same micro-batches, so what it returns for the policy equals what
-        `train` finds bit for bit. Raises BadBatch for tokens outside the vocabulary, NoReference without a reference.
+        `train` finds bit for bit, given the same `loss_mask`. The first token of a sequence has 0: nothing predicts it.
+        Raises BadBatch for tokens outside the vocabulary, NoReference without a reference.
         """
         self._check(batch)
         if which == "reference":
@@ -176,10 +183,8 @@ class Trainer:
 
         def step(iterator: Iterator[_Work], model: torch.nn.Module) -> tuple[Tensor, Any]:
             item = next(iterator)
-            output = model(item.input_ids, item.position_ids, attention_mask=None, packed_seq_params=item.params)
 
             def finish(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                logits = logits.squeeze(0)
                 values = token_logprobs(
                     logits,
                     item.targets,
@@ -196,6 +201,13 @@ class Trainer:
                 loss, sums = policy_loss(*values, item.inputs, settings, self._context_sum)
                 return loss, tokens, sums.vector()
 
+            output = model(
+                item.input_ids,
+                item.position_ids,
+                attention_mask=None,
+                packed_seq_params=item.params,
+                output_processor=partial(_head, rows=item.rows),
+            )
             return output, finish
 
         n_chunks = len(self.model.chunks)
@@ -205,7 +217,7 @@ class Trainer:
                 data_iterator=[iter(work) for _ in range(n_chunks)] if n_chunks > 1 else iter(work),
                 model=self.model.chunks,
                 num_microbatches=len(work),
-                seq_length=max(len(item.positions) for item in work),
+                seq_length=max(item.input_ids.shape[1] for item in work),
                 micro_batch_size=1,
                 forward_only=not train,
             )
@@ -218,10 +230,17 @@ class Trainer:
 
     def _prepare(self, batch: TrainBatch, rows: NDArray[np.int64], inputs: dict[str, Any] | None) -> _Work:
         packed = pack(rows, batch.tokens, batch.lengths, self.packing)
-        at = packed.context_slice(self.layout.cp, parallel_state.get_context_parallel_rank())
+        here = packed.context_slice(self.layout.cp, parallel_state.get_context_parallel_rank())
+        wanted = packed.token_index >= 0
+        if batch.loss_mask is not None:
+            wanted &= packed.gather(batch.loss_mask) > 0
+        at = np.flatnonzero(wanted[here])
+        if not len(at):
+            at = np.zeros(1, dtype=np.int64)  # an unwanted position, masked out: no kernel has to cope with no rows
+        scored = here[at]
 
-        def device(values: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values[at])).to(self.device)
+        def device(values: NDArray[Any], where: NDArray[np.int64] = scored) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values[where])).to(self.device)
 
         token_inputs = None
         if inputs is not None:
@@ -229,9 +248,10 @@ class Trainer:
             token_inputs = TokenInputs(segment=device(packed.segment), n_sequences=len(rows), **fields)
         return _Work(
             packed=packed,
-            positions=at,
-            input_ids=device(packed.input_ids)[None],
-            position_ids=device(packed.position_ids)[None],
+            scored=scored,
+            rows=torch.from_numpy(at).to(self.device),
+            input_ids=device(packed.input_ids, here)[None],
+            position_ids=device(packed.position_ids, here)[None],
             targets=device(packed.targets),
             params=packed.packed_seq_params(self.device),
             inputs=token_inputs,
@@ -251,12 +271,9 @@ class Trainer:
     def _scatter(self, work: _Work, values: Tensor, out: NDArray[np.float32]) -> None:
         if not self._reports:
             return
-        whole = np.zeros((2, work.packed.size), dtype=np.float32)
-        whole[:, work.positions] = values.float().cpu().numpy()
-        here = np.zeros(work.packed.size, dtype=bool)
-        here[work.positions] = True
-        valid = here & (work.packed.token_index >= 0)
-        out[:, work.packed.token_index[valid]] = whole[:, valid]
+        token = work.packed.token_index[work.scored]
+        valid = token >= 0
+        out[:, token[valid]] = values.float().cpu().numpy()[:, valid]
 
     def _metrics(
         self, sums: Sequence[Tensor], work: Sequence[_Work], norm: float, lr: float, stepped: bool
@@ -346,6 +363,18 @@ class Trainer:
     def close(self) -> None:
         self.sender.close()
         parallel.shutdown()
+
+
+def _head(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, rows: Tensor, **_: Any) -> Tensor:
+    """Logits [n, V_local] of the positions `rows` of hidden states [P, 1, H]: prompt tokens cost no vocabulary.
+
+    Under sequence parallelism a rank has a share of the positions, and the layer itself gathers them: choose after it.
+    """
+    if output_layer.sequence_parallel:
+        logits, _ = output_layer(hidden_states, weight=output_weight)
+        return logits.squeeze(1).index_select(0, rows)
+    logits, _ = output_layer(hidden_states.index_select(0, rows), weight=output_weight)
+    return logits.squeeze(1)
 
 
 class _Swapped:
