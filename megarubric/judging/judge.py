@@ -194,9 +194,9 @@ class Judge:
 
 def tier_texts(criterion: Criterion) -> list[str]:
     """What the judge reads for each tier, lowest first; a criterion without tiers is a no or a yes."""
-    if criterion.tiers is None:
+    if not criterion.tiers:
         return ["No.", "Yes."]
-    return [tier.text for tier in criterion.tiers]
+    return [tier.text or f"(worth {tier.value:g})" for tier in criterion.tiers]
 
 
 def judgement_of(

@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from megarubric.errors import BadInput
+from megarubric.judging.visible import visible
 
 TEMPLATE_DIR = Path(__file__).parent / "templates"
 _FIELDS = ("question", "reference", "answer", "criterion", "tiers", "fence", "nonce")
@@ -110,15 +111,15 @@ def render_tier(
 ) -> list[Part]:
     """Fill `template` for one answer and one criterion; `tiers` are the tiers' texts, lowest first.
 
-    The fence and the nonce depend on question, reference and answer only, so that the shared part of the prompt is
-    the same for every criterion of that answer.
+    Characters that no reader sees are left out (`visible`). The fence and the nonce depend on question, reference and
+    answer only, so that the shared part of the prompt is the same for every criterion of that answer.
     """
     signs = tier_tokens(len(tiers))
-    material = [question, reference or "", answer]
+    material = [visible(question), visible(reference or ""), visible(answer)]
     values = {
-        "question": question,
-        "reference": reference or "",
-        "answer": answer,
+        "question": material[0],
+        "reference": material[1],
+        "answer": material[2],
         "criterion": _one_line(criterion),
         "tiers": "\n".join(f"{sign}: {_one_line(text)}" for sign, text in zip(signs, tiers)),
         "fence": _fence(material),

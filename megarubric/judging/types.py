@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import msgspec
 
 from megarubric.judging.prompt import Part
+
 if TYPE_CHECKING:
     from megarubric.rubrics import Rubric
 

@@ -294,3 +294,19 @@ def _duration(text: str) -> float | None:
     if not re.fullmatch(r"(\d+(\.\d+)?(ms|h|m|s)?)+", text):
         return None
     return sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|h|m|s|)", text))
+
+
+def first_model(url: str, timeout_s: float = 10.0) -> str:
+    """Id of the first model that the server at `url` serves. Raises BadInput when it does not say."""
+    try:
+        response = httpx.get(url.rstrip("/") + "/models", timeout=timeout_s)
+        reply = msgspec.json.decode(response.content) if response.status_code == 200 else None
+    except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError) as error:
+        raise BadInput("judge", url, f"does not answer: {type(error).__name__}: {error}") from error
+    models = _field(reply, "data")
+    name = _field(models[0], "id") if isinstance(models, list) and models else None
+    if not isinstance(name, str):
+        raise BadInput(
+            "judge", url, f"names no model (HTTP {response.status_code} from /models); add #MODEL to the URL"
+        )
+    return name
