@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
+#include <atomic>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -73,17 +73,16 @@ bool supported(const char* isa) {
   return std::strcmp(isa, "baseline") == 0;
 }
 
-// The widest set this CPU has; MEGARUBRIC_CPU_ISA names a narrower one (tests compare their bits).
-const cpu::Kernels& kernels() {
-  static const cpu::Kernels& chosen = []() -> const cpu::Kernels& {
-    const char* wanted = std::getenv("MEGARUBRIC_CPU_ISA");
-    for (const cpu::Kernels& k : kKernels) {
-      if (supported(k.name) && (wanted == nullptr || std::strcmp(wanted, k.name) == 0)) return k;
-    }
-    throw std::runtime_error("megarubric: MEGARUBRIC_CPU_ISA names an instruction set this CPU or build lacks");
-  }();
-  return chosen;
+const cpu::Kernels* find_kernels(const char* wanted) {
+  for (const cpu::Kernels& k : kKernels) {
+    if (supported(k.name) && (wanted == nullptr || std::strcmp(wanted, k.name) == 0)) return &k;
+  }
+  return nullptr;
 }
+
+std::atomic<const cpu::Kernels*> chosen_kernels{find_kernels(nullptr)};  // the widest set this CPU has
+
+const cpu::Kernels& kernels() { return *chosen_kernels.load(); }
 
 #if defined(MEGARUBRIC_CUDA)
 void* current_stream(const Tensor& t) {
@@ -359,6 +358,13 @@ STABLE_TORCH_LIBRARY_IMPL(megarubric, CUDA, m) { megarubric::implement<megarubri
 // Read by megarubric/reward/ops.py through ctypes: what this library was built with and what it chose.
 extern "C" __attribute__((visibility("default"))) const char* megarubric_cpu_isa() {
   return megarubric::kernels().name;
+}
+
+// Chooses a narrower set (the bits stay the same; tests check that). 0: this CPU or build does not have it.
+extern "C" __attribute__((visibility("default"))) int megarubric_use_cpu_isa(const char* name) {
+  const megarubric::cpu::Kernels* found = megarubric::find_kernels(name);
+  if (found != nullptr) megarubric::chosen_kernels.store(found);
+  return found != nullptr;
 }
 
 extern "C" __attribute__((visibility("default"))) const char* megarubric_cuda_architectures() {

@@ -42,12 +42,43 @@ class RewardResult:
     attribution: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`RewardResult` before names: `veto` is a criterion index or -1; shares in criterion and in pair order."""
+
+    reward: F32 | None
+    valid: bool
+    vetoed: bool
+    veto: int
+    r0: F32 | None
+    r1: F32 | None
+    criterion_shares: list[F32]
+    pair_shares: list[F32]
+
+    def named(self, constants: RubricConstants) -> RewardResult:
+        attribution = {c.id: float(share) for c, share in zip(constants.criteria, self.criterion_shares)}
+        for pair, share in zip(constants.pairs, self.pair_shares):  # two pairs of the same criteria share a key
+            attribution[pair.key] = float(F32(attribution.get(pair.key, 0.0)) + share)
+        return RewardResult(
+            reward=None if self.reward is None else float(self.reward),
+            valid=self.valid,
+            vetoed=self.vetoed,
+            veto=constants.criteria[self.veto].id if self.veto >= 0 else None,
+            r0=None if self.r0 is None else float(self.r0),
+            r1=None if self.r1 is None else float(self.r1),
+            attribution=attribution,
+        )
+
+
 def checked_score(rubric_id: str, criterion_id: str, sample: object, value: object) -> F32:
     """`value` as float32, or BadInput naming rubric, criterion and sample."""
     where, item = f"rubric {rubric_id}", f"criterion {criterion_id}, sample {sample}"
     if not isinstance(value, (int, float, np.floating, np.integer)):
         raise BadInput(where, item, f"the score must be a number or null, not {value!r}")
-    score = float(value)
+    try:
+        score = float(value)
+    except OverflowError:  # an integer beyond float64
+        score = math.inf
     if not math.isfinite(score):
         raise BadInput(where, item, f"the score is {score}")
     if score < -SCORE_TOLERANCE or score > 1 + SCORE_TOLERANCE:
@@ -80,17 +111,17 @@ def aggregate(rubric: Rubric, scores: Mapping[str, float | None], sample: object
         value = scores.get(criterion.id)
         s.append(None if value is None else checked_score(rubric.id, criterion.id, sample, value))
     with np.errstate(over="ignore", under="ignore"):
-        return aggregate_scores(constants, s)
+        return aggregate_scores(constants, s).named(constants)
 
 
-def aggregate_scores(constants: RubricConstants, s: list[F32 | None]) -> RewardResult:
+def aggregate_scores(constants: RubricConstants, s: list[F32 | None]) -> Outcome:
     """The equations. `s` holds one checked float32 score per criterion in rubric order, None where masked."""
     g: list[F32 | None] = []
     numerator, denominator, magnitude = ZERO, ZERO, ZERO
     any_pitfall = failed = missing = False
-    veto: str | None = None
+    veto = -1
 
-    for c, score in zip(constants.criteria, s):
+    for k, (c, score) in enumerate(zip(constants.criteria, s)):
         if score is None:
             g.append(None)
             fails = c.veto and constants.on_missing_veto == "fail"
@@ -105,7 +136,7 @@ def aggregate_scores(constants: RubricConstants, s: list[F32 | None]) -> RewardR
             magnitude = magnitude + abs(c.weight)
             fails = bool(c.veto and (score >= c.tau if c.fails_high else score < c.tau))
         if fails and not failed:
-            failed, veto = True, c.id
+            failed, veto = True, k
 
     phi: list[F32 | None] = []
     pair_numerator, pair_denominator = ZERO, ZERO
@@ -131,25 +162,17 @@ def aggregate_scores(constants: RubricConstants, s: list[F32 | None]) -> RewardR
         r0 = _clip(ONE + numerator / magnitude)
     r1 = None if r0 is None else _shape(constants, r0)
 
-    attribution: dict[str, float] = {}
-    for c, x in zip(constants.criteria, g):
-        attribution[c.id] = 0.0 if x is None or divisor is None else float((c.weight * x) / divisor + ZERO)
-    for pair, value_or_none in zip(constants.pairs, phi):
-        counted = value_or_none is not None and total > 0
-        share = (pair.weight * value_or_none) / total + ZERO if counted and value_or_none is not None else ZERO
-        attribution[pair.key] = float(F32(attribution.get(pair.key, 0.0)) + share)
-
+    criterion_shares = [
+        ZERO if x is None or divisor is None else (c.weight * x) / divisor + ZERO  # + 0: never -0
+        for c, x in zip(constants.criteria, g)
+    ]
+    pair_shares = [
+        (pair.weight * value) / total + ZERO if value is not None and total > 0 else ZERO
+        for pair, value in zip(constants.pairs, phi)
+    ]
     valid = failed or (r0 is not None and not missing)
     reward = constants.veto_reward if failed else r1
-    return RewardResult(
-        reward=float(reward) if valid and reward is not None else None,
-        valid=valid,
-        vetoed=failed,
-        veto=veto,
-        r0=None if r0 is None else float(r0),
-        r1=None if r1 is None else float(r1),
-        attribution=attribution,
-    )
+    return Outcome(reward if valid else None, valid, failed, veto, r0, r1, criterion_shares, pair_shares)
 
 
 def _clip(x: F32) -> F32:
