@@ -67,9 +67,8 @@ async def _run(c: SftConfig, dir: RunDir) -> int:
         await system.ready()
         state, order = SftState(), RowOrder(rows, c.seed, c.data.tokens_per_step)
         if steps := dir.checkpoint_steps():
-            state = msgspec.json.decode(
-                await trainer.load(str(dir.checkpoint_path(steps[0]).absolute())), type=SftState
-            )
+            saved = await trainer.load(str(dir.checkpoint_path(steps[0]).absolute()))
+            state = msgspec.json.decode(saved.extra, type=SftState)
             order.load_state_dict(state.data)
             terminal.say(f"resumed from {dir.checkpoint_path(steps[0])}")
         log = MetricsLog(dir.path, c.wandb, c.name, msgspec.to_builtins(c), state.step)

@@ -110,7 +110,7 @@ class Run:
         for step in self.dir.checkpoint_steps():
             path = self.dir.checkpoint_path(step)
             try:
-                extra = await self.system.trainer.load(str(path.absolute()))
+                extra = (await self.system.trainer.load(str(path.absolute()))).extra
             except MegarubricError as error:
                 refused.append(str(error))
                 terminal.say(f"checkpoint {path} cannot be used ({error}); trying the one before")

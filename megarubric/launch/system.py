@@ -10,13 +10,15 @@ from pathlib import Path
 
 from megarubric.config import TrainConfig
 from megarubric.exchange.rpc import ipc_endpoint
-from megarubric.judging.backends import backend_for_engine, backend_for_url
+from megarubric.judging.backends.engine import EngineBackend
+from megarubric.judging.backends.openai import OpenAIBackend, OpenAISettings
 from megarubric.judging.judge import Judge, JudgeSettings
 from megarubric.launch import plan
 from megarubric.launch.supervisor import Child, Supervisor, free_port
 from megarubric.megatron.client import TrainerClient
 from megarubric.megatron.messages import WorkerConfig
 from megarubric.rollout.client import EngineClient
+from megarubric.rollout.data import ChatTokenizer
 from megarubric.rollout.messages import EngineConfig
 
 
@@ -100,9 +102,16 @@ def make_judge(config: TrainConfig, system: System) -> Judge:
         return Judge(None, settings)
     if j.kind == "url":
         assert j.url is not None
-        return Judge(backend_for_url(j.url, j.url_model, j.concurrency), settings)
+        server = OpenAISettings(url=j.url, model=j.url_model or "default", concurrency=j.concurrency)
+        return Judge(OpenAIBackend(server), settings)
     if j.kind == "policy":
-        return Judge(backend_for_engine(system.policies[0], config.model.path), settings)
+        return Judge(engine_backend(system.policies[0], plan.engine_config(config, "policy"), "policy"), settings)
     engine = plan.engine_config(config, "judge")
     system.judge_engine = system.start_engine("judge", engine)
-    return Judge(backend_for_engine(system.judge_engine, engine.model_dir), settings)
+    return Judge(engine_backend(system.judge_engine, engine, f"frozen:{engine.model_dir}"), settings)
+
+
+def engine_backend(client: EngineClient, engine: EngineConfig, identity: str) -> EngineBackend:
+    """A judge backend on an engine process, with that model's tokenizer."""
+    tokenizer = ChatTokenizer(Path(engine.model_dir)).tokenizer
+    return EngineBackend(client, tokenizer, identity, engine.max_model_len - 1)

@@ -291,6 +291,8 @@ def _gather_bytes(trainer: Trainer, data: bytes) -> list[bytes]:
     dist.all_reduce(sizes, group=trainer.control)
     out = [torch.empty(int(n), dtype=torch.uint8) for n in sizes]
     for rank, buffer in enumerate(out):
+        if not buffer.numel():  # every rank knows the sizes
+            continue
         if rank == trainer.rank:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         dist.broadcast(buffer, src=rank, group=trainer.control)
