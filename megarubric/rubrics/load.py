@@ -1,4 +1,4 @@
-"""Rubric files: YAML (one rubric, a list, or several documents), JSON (one or a list), JSONL (one a line), directories."""
+"""Rubric files: YAML (one rubric, a list, or several documents), JSON (one or a list), JSONL (one a line), folders."""
 
 from __future__ import annotations
 

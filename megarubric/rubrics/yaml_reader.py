@@ -56,7 +56,7 @@ def documents(text: str) -> Iterator[tuple[Any, dict[KeyPath, int]]]:
     lines: dict[KeyPath, int] = {}
     try:
         for event in yaml.parse(text, Loader=_Loader):
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 0
             if isinstance(event, yaml.DocumentStartEvent):
                 root, lines = None, {}
             elif isinstance(event, yaml.DocumentEndEvent):

@@ -6,7 +6,16 @@
 from __future__ import annotations
 
 from megarubric.errors import BadInput
-from megarubric.rubrics.checks import formats, hacks, keywords, length, surface  # noqa: F401
+from megarubric.rubrics.checks import (  # noqa: F401  (each registers its kinds)
+    flattery,
+    formats,
+    judge_address,
+    keywords,
+    length,
+    repetition,
+    self_praise,
+    surface,
+)
 from megarubric.rubrics.checks.registry import KINDS, Kind, Text, arguments, full_params, parse_check
 from megarubric.rubrics.schema import Check, Rubric
 

@@ -8,6 +8,7 @@ names' endings) and before a lower-case word (Punkt goes on reading; so does thi
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 
@@ -15,129 +16,21 @@ WORD = re.compile(r"\w+")
 
 _TERMINATOR = re.compile(r"([.!?…]+|[。！？]+)([\"'”’»)\]*_]*)(?=\s|$)|[。！？]+[”’」』）]*", re.MULTILINE)
 _ABBREVIATIONS = frozenset(
-    [
-        "mr",
-        "mrs",
-        "ms",
-        "dr",
-        "prof",
-        "sr",
-        "jr",
-        "st",
-        "rev",
-        "hon",
-        "capt",
-        "cpt",
-        "col",
-        "gen",
-        "lt",
-        "maj",
-        "sgt",
-        "gov",
-        "sen",
-        "rep",
-        "pres",
-        "messrs",
-        "mme",
-        "mlle",
-        "e.g",
-        "i.e",
-        "cf",
-        "etc.",
-        "vs",
-        "viz",
-        "approx",
-        "est",
-        "fig",
-        "figs",
-        "no",
-        "nos",
-        "vol",
-        "vols",
-        "ch",
-        "sec",
-        "pp",
-        "ed",
-        "eds",
-        "al",
-        "op",
-        "ibid",
-        "ca",
-        "inc",
-        "ltd",
-        "co",
-        "corp",
-        "bros",
-        "dept",
-        "univ",
-        "assn",
-        "mt",
-        "ft",
-        "ave",
-        "blvd",
-        "rd",
-        "jan",
-        "feb",
-        "mar",
-        "apr",
-        "jun",
-        "jul",
-        "aug",
-        "sep",
-        "sept",
-        "oct",
-        "nov",
-        "dec",
-        "mon",
-        "tue",
-        "tues",
-        "wed",
-        "thu",
-        "thur",
-        "thurs",
-        "fri",
-        "sat",
-        "sun",
-        "a.m",
-        "p.m",
-        "u.s",
-        "u.k",
-        "u.n",
-        "d.c",
-        "ph.d",
-        "m.d",
-        "b.a",
-        "m.a",
-        "b.c",
-        "a.d",
-    ]
+    word
+    for line in (
+        "mr mrs ms dr prof sr jr st rev hon capt cpt col gen lt maj sgt gov sen rep pres messrs mme mlle",
+        "e.g i.e cf etc vs viz approx est fig figs no nos vol vols ch sec pp ed eds al op ibid ca",
+        "inc ltd co corp bros dept univ assn mt ft ave blvd rd",
+        "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat sun",
+        "a.m p.m u.s u.k u.n d.c ph.d m.d b.a m.a b.c a.d",
+    )
+    for word in line.split()
 )
 # These often end a sentence as well; a capital letter after them starts a new one.
 _MAY_END = frozenset(
-    [
-        "etc",
-        "inc",
-        "ltd",
-        "co",
-        "corp",
-        "jr",
-        "sr",
-        "a.m",
-        "p.m",
-        "u.s",
-        "u.k",
-        "u.n",
-        "d.c",
-        "ph.d",
-        "m.d",
-        "b.a",
-        "m.a",
-        "b.c",
-        "a.d",
-        "al",
-        "bros",
-        "est",
-    ]
+    word
+    for line in ("etc inc ltd co corp jr sr al bros est a.m p.m u.s u.k u.n d.c ph.d m.d b.a m.a b.c a.d",)
+    for word in line.split()
 )
 _LAST_TOKEN = re.compile(r"\S+\Z")
 
@@ -221,7 +114,7 @@ _CONFUSABLE = str.maketrans(
         **dict(zip("αβγδεικνορτυχωηκμ", "abydeiknoptuxwnku")),  # Greek
         **dict(zip("ɑɡıłøđħŋƅɩʟʀɪɴʏʜɢʙᴀᴄᴅᴇᴊᴋᴍᴏᴘꜱᴛᴜᴠᴡᴢ", "agilodhnbilrinyhgbacdejkmopstuvwz")),  # Latin extensions
         **dict.fromkeys("“”„«»″＂", '"'),
-        **dict.fromkeys("‘’‚`´′ʼ＇", "'"),
+        **dict.fromkeys("‘’‚´′ʼ＇", "'"),
         **dict.fromkeys("‐‑‒–—―−", "-"),
         "…": "...",
     }
@@ -234,6 +127,7 @@ _MARKUP = re.compile(r"[*_~`#|\\]+")
 _INVISIBLE = ("Cf", "Mn", "Me", "Cc", "Co")
 
 
+@functools.lru_cache(256)  # several detectors look at one response
 def undisguised(text: str, limit: int = 100_000) -> str:
     """The first `limit` characters as a reader hears them: lower case; no zero-width or combining characters, markup,
     look-alike letters of other scripts, digits for letters, or l e t t e r s s p a c e d out; plain quotes and dashes.
