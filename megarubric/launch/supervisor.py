@@ -7,6 +7,7 @@ controller even when that is killed with -9: each child asks the kernel for it (
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -60,7 +61,10 @@ class Supervisor:
         self.stop()
 
     def start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> Child:
-        """Start `argv` with `env` on top of this process's environment; output goes to ``logs/NAME.log`` (appended)."""
+        """Start `argv` with `env` on top of this process's environment; output goes to ``logs/NAME.log`` (appended).
+
+        ``logs/processes.json`` maps names to process ids, for debuggers and profilers.
+        """
         self.log_dir.mkdir(parents=True, exist_ok=True)
         log = self.log_dir / f"{name}.log"
         with log.open("ab") as out:
@@ -74,6 +78,8 @@ class Supervisor:
             )
         child = Child(name, process, log)
         self.children.append(child)
+        pids = {child.name: child.process.pid for child in self.children}
+        (self.log_dir / "processes.json").write_text(json.dumps(pids, indent=1))
         return child
 
     def ended(self) -> str | None:
