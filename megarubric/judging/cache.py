@@ -152,16 +152,15 @@ class CachedBackend:
     """A `TierBackend` that asks `backend` only what `cache` does not hold; errors are not kept.
 
     Without a backend (None) nothing is asked and what is missing is an error: replay. `identity` is then needed, to
-    know whose replies to read. `grain` queries go to the backend in one call and are stored together when it returns: 1
-    for a slow remote judge, where each answer is worth keeping at once.
+    know whose replies to read. Replies are stored call by call, each as large as the backend's `grain`.
     """
 
-    def __init__(
-        self, backend: TierBackend | None, cache: JudgeCache, *, identity: str | None = None, grain: int = 64
-    ) -> None:
+    def __init__(self, backend: TierBackend | None, cache: JudgeCache, *, identity: str | None = None) -> None:
         if backend is None and identity is None:
             raise ValueError("replay needs the identity of the judge to replay")
-        self._backend, self._cache, self._replayed, self._grain = backend, cache, identity, grain
+        self._backend, self._cache, self._replayed = backend, cache, identity
+        self.grain = 64 if backend is None else backend.grain
+        self.concurrency = 8 if backend is None else backend.concurrency
         self._asking: dict[str, asyncio.Future[TierReply]] = {}
 
     @property
@@ -183,7 +182,7 @@ class CachedBackend:
         # A question that another call is asking right now is waited for, not asked again.
         elsewhere = {key: self._asking[key] for key in due if key in self._asking}
         own = [(key, q) for key, q in due.items() if key not in elsewhere]
-        groups = [own[i : i + self._grain] for i in range(0, len(own), self._grain)]
+        groups = [own[i : i + self.grain] for i in range(0, len(own), self.grain)]
         for key, _ in own:
             self._asking[key] = asyncio.get_running_loop().create_future()
         try:

@@ -27,17 +27,14 @@ log = logging.getLogger(__name__)
 class JudgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a judge is asked.
 
-    `chunk` queries go to the backend in one call, `concurrency` calls are under way at a time; `timeout_s` bounds each
-    (None: the backend keeps the time itself, as an HTTP backend does query by query) and `retries` says how often a
-    failed one is repeated.
+    `timeout_s` bounds one call to the backend (the backend says how many queries that is), counted from when it is its
+    turn; `retries` says how often a failed call is repeated.
     """
 
     template: str = "tier"
     min_tier_mass: float = 0.5
-    timeout_s: float | None = 120.0
+    timeout_s: float = 120.0
     retries: int = 1
-    chunk: int = 64
-    concurrency: int = 8
 
 
 class JudgeStats(msgspec.Struct):
@@ -69,7 +66,7 @@ class Judge:
         self.settings = settings or JudgeSettings()
         self.template: Template = load_template(self.settings.template)
         self.stats = JudgeStats()
-        self._slots = asyncio.Semaphore(self.settings.concurrency)
+        self._slots = asyncio.Semaphore(backend.concurrency if backend is not None else 1)
 
     async def judge(self, items: Sequence[JudgeItem]) -> list[dict[str, Judgement]]:
         """One judgement a criterion for every item, keyed by criterion id in the rubric's order.
@@ -130,7 +127,10 @@ class Judge:
         return TierQuery(tuple(parts), tier_tokens(len(texts)), content)
 
     async def _ask(self, queries: list[TierQuery]) -> list[TierReply]:
-        size = self.settings.chunk
+        if not queries:
+            return []
+        assert self.backend is not None
+        size = self.backend.grain
         chunks = [queries[i : i + size] for i in range(0, len(queries), size)]
         answered = await asyncio.gather(*(self._call(chunk) for chunk in chunks))
         return [reply for replies in answered for reply in replies]

@@ -25,25 +25,31 @@ _CONTROL = re.compile(
     r"<\|[^<>|\n]{1,40}\|>|</s>\s*<s>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|</?think>", re.IGNORECASE
 )
 _FENCE = re.compile(
-    r"""^\s*(?:["']{3,}|\[/?(?:end\ of\ )?(?:answer|question|reference)\b[^\]\n]*\]|</?(?:answer|response|question)>"""
-    r"""|[-=*_\s]*\bEND\ OF\ (?:THE\ )?(?:ANSWER|RESPONSE|MATERIAL)\b.*)\s*$|\bend\ of\ the\ material\b""",
+    r"""^[ \t]*+(?:["']{3,}|\[/?(?:end\ of\ )?(?:answer|question|reference)\b[^\]\n]*\]|</?(?:answer|question)>"""
+    r"""|[-=*_ \t]*+\bEND\ OF\ (?:THE\ )?(?:ANSWER|RESPONSE|MATERIAL)\b.*)[ \t]*$|\bend\ of\ the\ material\b""",
     re.MULTILINE | re.IGNORECASE | re.VERBOSE,
 )
 _TIER_FORM = re.compile(
-    r"""^[^\n]*\bTier\s*\[\s*[0-9A-Z]\s*\]            # the agreed form of a verdict
+    r"""\bTier\s*\[\s*[0-9A-Z]\s*\]            # the agreed form of a verdict
     |\{\s*["']tier["']\s*:                           # or its JSON
-    |^\s*(?:final\s+|overall\s+)?(?:score|rating|grade|verdict|tier)\s*[:=]\s*\d
+    |^[ \t]*+(?:final\s+|overall\s+)?(?:score|rating|grade|verdict|tier)[ \t]*+[:=][ \t]*+\d
     |\btier\s+[0-9A-Z]\s+on\s+this\s+criterion
-    |^\s*(?:criterion\b[^\n]*|tiers\b[^\n]*)\n\s*(?:0|A)\s*:  # a tier list of its own
+    |^[ \t]*+(?:criterion\b[^\n]*|tiers\b[^\n]*)\n[ \t]*+(?:0|A)[ \t]*:  # a tier list of its own
     """,
     re.MULTILINE | re.IGNORECASE | re.VERBOSE,
 )
 _COMBINING = re.compile("(?:[A-Za-z][\u0300-\u036f\u20d0-\u20ff]{3,})|(?:[A-Za-z ][\u0334-\u0338]){4}")
 _BASE64 = re.compile(r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{24,}={0,2}(?![A-Za-z0-9+/=])")
 # A word for who grades, and near it a word for what they should give; by language.
+_GRADER = r"(?:evaluators?|graders?|raters?|assessors?|scorers?|judges?)"
 _ADDRESSED = re.compile(
     "|".join(
         (
+            rf"\b{_GRADER}\b[^\n]{{0,30}}\b(?:must|should|please|instructions?)\b[^\n]{{0,40}}"
+            r"\b(?:output|give|award|assign|reply|answer|score|rate|mark|rot13|base64|tier)\b",
+            rf"\byou\s+are\s+(?:now\s+|no\s+longer\s+)(?:a|an|the|my)\s+{_GRADER}\b",
+            r"\bignore\b[^\n]{0,20}\binstructions\b[^\n]{0,80}\b(?:tier|score|grade|rating|reply|marks)\b",
+            r"\basked\s+to\s+(?:rate|grade|score|evaluate)\s+this\s+(?:response|answer|text)\b",
             r"(?:评分|评审|评判|打分|阅卷|評分|評審)(?:者|人|员|員|老师)?[^\n]{0,30}(?:最高|满分|滿分|高分)",
             r"(?:採点|評価|審査)(?:者|員|担当)[^\n]{0,40}(?:最高|満点|高い)",
             r"(?:채점|평가)(?:자|관)[^\n]{0,40}(?:최고|만점|높은)",

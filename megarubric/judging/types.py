@@ -79,6 +79,17 @@ class TierBackend(Protocol):
         """The model and its version: replies under one identity are interchangeable."""
         ...
 
+    @property
+    def grain(self) -> int:
+        """How many queries belong in one call: many for an engine that batches, 1 for HTTP, where each has its own
+        time and is worth keeping at once."""
+        ...
+
+    @property
+    def concurrency(self) -> int:
+        """How many calls may be under way at a time."""
+        ...
+
     async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]: ...
 
 

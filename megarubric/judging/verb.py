@@ -81,7 +81,7 @@ async def _run(
         else:
             backend, chosen = await stack.enter_async_context(_backend(judge, device, engine_factory, settings))
             if cache is not None and backend is not None:
-                backend = CachedBackend(backend, cache, grain=1 if _is_url(judge) else 64)
+                backend = CachedBackend(backend, cache)
         used = Judge(backend, chosen)
         with _progress(responses.stat().st_size) as progress:
             summary = await score_file(
@@ -131,10 +131,9 @@ async def _backend(
         return
     if _is_url(judge):
         url, _, model = judge.partition("#")
-        chosen = settings or JudgeSettings()
-        remote = backend_for_url(url, model or None, deadline_s=chosen.timeout_s)
+        remote = backend_for_url(url, model or None)
         try:
-            yield remote, msgspec.structs.replace(chosen, timeout_s=None)
+            yield remote, settings or JudgeSettings()
         finally:
             await remote.aclose()
         return

@@ -26,8 +26,12 @@ class CountingJudge:
     """Answers every question with a reply of its own, one question in `fail` with an error, and writes down what it was
     asked, one line a question, in `journal`."""
 
-    def __init__(self, identity: str = "judge", fail: Sequence[str] = (), journal: Path | None = None) -> None:
-        self.identity = identity
+    concurrency = 8
+
+    def __init__(
+        self, identity: str = "judge", fail: Sequence[str] = (), journal: Path | None = None, grain: int = 64
+    ) -> None:
+        self.identity, self.grain = identity, grain
         self.asked: Counter[str] = Counter()
         self._fail, self._journal = fail, journal
 
@@ -93,9 +97,9 @@ def test_replay_asks_nobody_and_reports_what_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("grain", [1, 3])
 def test_overlapping_calls_share_a_question_under_way(tmp_path: Path, grain: int) -> None:
-    judge = CountingJudge()
+    judge = CountingJudge(grain=grain)
     cache = JudgeCache(tmp_path / "judge.db")
-    backend = CachedBackend(judge, cache, grain=grain)
+    backend = CachedBackend(judge, cache)
 
     async def main() -> list[list[TierReply]]:
         return list(await asyncio.gather(*(backend.tier_logprobs([query(i) for i in range(20)]) for _ in range(5))))
@@ -114,7 +118,7 @@ def test_a_failed_group_keeps_its_neighbours_replies(tmp_path: Path) -> None:
 
     cache = JudgeCache(tmp_path / "judge.db")
     with pytest.raises(RuntimeError, match="wrong number of answers"):
-        run(CachedBackend(Failing(), cache, grain=1), [query(i) for i in range(6)])
+        run(CachedBackend(Failing(grain=1), cache), [query(i) for i in range(6)])
     assert cache.stats().entries == 5
     cache.close()
 
@@ -129,7 +133,7 @@ def test_a_cancelled_call_keeps_what_had_come_and_leaves_nothing_under_way(tmp_p
     cache = JudgeCache(tmp_path / "judge.db")
 
     async def main() -> None:
-        backend = CachedBackend(Slow(), cache, grain=1)
+        backend = CachedBackend(Slow(grain=1), cache)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(backend.tier_logprobs([query(i) for i in range(4)]), 0.3)
         assert not backend._asking
@@ -142,7 +146,7 @@ def test_a_cancelled_call_keeps_what_had_come_and_leaves_nothing_under_way(tmp_p
 
 def _work(path: Path, journal: Path, numbers: range, grain: int) -> None:
     cache = JudgeCache(path)
-    backend = CachedBackend(CountingJudge(journal=journal), cache, grain=grain)
+    backend = CachedBackend(CountingJudge(journal=journal, grain=grain), cache)
     for start in range(0, len(numbers), 50):
         run(backend, [query(i) for i in numbers[start : start + 50]])
     cache.close()

@@ -36,8 +36,9 @@ class Backend:
 
     identity = "test"
 
-    def __init__(self, *replies: Any) -> None:
+    def __init__(self, *replies: Any, grain: int = 64, concurrency: int = 8) -> None:
         self.replies = replies
+        self.grain, self.concurrency = grain, concurrency
         self.calls: list[list[TierQuery]] = []
 
     async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]:
@@ -206,9 +207,9 @@ def test_calls_are_chunked_and_overlap_up_to_the_limit() -> None:
         active -= 1
         return fitting(queries)
 
-    backend = Backend(slow)
+    backend = Backend(slow, grain=4, concurrency=3)
     items = [JudgeItem(rubric(), "q", f"answer {i}") for i in range(20)]
-    rows, _ = judge(backend, items, chunk=4, concurrency=3)
+    rows, _ = judge(backend, items)
     assert len(backend.calls) == 10 and most == 3 and all(r["calm"].value == 4 for r in rows)
 
 

@@ -13,7 +13,7 @@ from http_judge import Reply, chat_reply, http_judge
 
 from megarubric.errors import BadInput
 from megarubric.judging import score as score_module
-from megarubric.judging.judge import Judge, JudgeSettings
+from megarubric.judging.judge import Judge
 from megarubric.judging.score import score_file
 from megarubric.judging.types import TierQuery, TierReply
 from megarubric.judging.verb import run_score
@@ -175,7 +175,7 @@ def test_only_so_much_is_read_ahead(files: tuple[Path, Path, Path], monkeypatch:
     started = finished = most = 0
 
     class Slow:
-        identity = "slow"
+        identity, grain, concurrency = "slow", 64, 1000
 
         async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]:
             nonlocal started, finished, most
@@ -187,14 +187,14 @@ def test_only_so_much_is_read_ahead(files: tuple[Path, Path, Path], monkeypatch:
 
     rubrics, responses, out = files
     responses.write_text("".join(json.dumps(line(id=str(i), response=f"Text {i}.")) + "\n" for i in range(300)))
-    judge = Judge(Slow(), JudgeSettings(concurrency=1000))
+    judge = Judge(Slow())
     summary = asyncio.run(score_file(rubrics, responses, out, judge, report=print))
     assert summary.scored == 300 and started == 600 and most <= 2 * 10 * score_module.CHUNKS_UNDER_WAY
 
 
 def test_nothing_is_left_behind_when_the_job_fails(files: tuple[Path, Path, Path]) -> None:
     class Broken:
-        identity = "broken"
+        identity, grain, concurrency = "broken", 64, 8
 
         async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]:
             from megarubric.errors import ProcessDied

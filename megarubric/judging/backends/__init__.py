@@ -32,20 +32,9 @@ def backend_for_engine(
     return EngineBackend(engine, load_tokenizer(directory), name, max_prompt_tokens)
 
 
-def backend_for_url(
-    url: str, model: str | None = None, concurrency: int = 16, deadline_s: float | None = None
-) -> OpenAIBackend:
-    """A judge behind an OpenAI-compatible `url`; without `model` the server's first one is taken.
-
-    The backend keeps the time itself, query by query (`deadline_s` with all retries), so give its `Judge` no time-out.
-    """
-    settings = OpenAISettings(url=url, model=model or first_model(url), concurrency=concurrency)
-    if deadline_s is not None:
-        settings = OpenAISettings(
-            url=url, model=settings.model, concurrency=concurrency, deadline_s=deadline_s,
-            timeout_s=min(settings.timeout_s, deadline_s),
-        )  # fmt: skip
-    return OpenAIBackend(settings)
+def backend_for_url(url: str, model: str | None = None, concurrency: int = 16) -> OpenAIBackend:
+    """A judge behind an OpenAI-compatible `url`; without `model` the server's first one is taken. Raises BadInput."""
+    return OpenAIBackend(OpenAISettings(url=url, model=model or first_model(url), concurrency=concurrency))
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -32,6 +32,9 @@ class EngineBackend:
     `max_prompt_tokens` is the engine's context length less one: longer prompts are answered with an error, unasked.
     """
 
+    grain = 64  # the engine batches across calls; a call is only as large as its time-out should cover
+    concurrency = 16
+
     def __init__(
         self,
         engine: TierEngine,

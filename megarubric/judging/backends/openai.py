@@ -72,10 +72,13 @@ class _GiveUp(Exception):
 class OpenAIBackend:
     """See the module. Used from one event loop; `aclose` when done."""
 
+    grain = 1
+
     def __init__(self, settings: OpenAISettings) -> None:
         if not settings.url.startswith(("http://", "https://")):
             raise BadInput("judge", settings.url, "a judge URL starts with http:// or https://")
         self.settings = settings
+        self.concurrency = settings.concurrency
         self.requests = 0
         self.tokens = 0
         self.retried = 0

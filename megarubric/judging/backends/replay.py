@@ -10,6 +10,9 @@ from megarubric.judging.types import TierQuery, TierReply
 class ReplayBackend:
     """Answers from `replies`, keyed by `TierQuery.content` and draw number; a query that is not there is an error."""
 
+    grain = 256
+    concurrency = 8
+
     def __init__(self, replies: Mapping[tuple[str, int], TierReply], identity: str) -> None:
         self._replies = replies
         self._identity = identity
