@@ -184,8 +184,9 @@ def _bridge_types() -> None:
 
 
 def _bridge_collectives() -> None:
+    dist = torch.distributed
     # Token dispatch gives the split sizes as tensors; NCCL's binding converts them, gloo's wants lists.
-    all_to_all = torch.distributed.all_to_all_single
+    all_to_all = dist.all_to_all_single
 
     def as_list(sizes: Any) -> Any:
         return sizes.tolist() if hasattr(sizes, "tolist") else sizes
@@ -196,12 +197,46 @@ def _bridge_collectives() -> None:
         input: Any,
         output_split_sizes: Any = None,
         input_split_sizes: Any = None,
-        *args: Any,
+        *rest: Any,
         **kwargs: Any,
     ) -> Any:
-        return all_to_all(output, input, as_list(output_split_sizes), as_list(input_split_sizes), *args, **kwargs)
+        return all_to_all(output, input, as_list(output_split_sizes), as_list(input_split_sizes), *rest, **kwargs)
 
-    torch.distributed.all_to_all_single = all_to_all_single
+    # Expert tensor parallelism gathers, and scatters back, a different number of tokens from each rank. NCCL's process
+    # group takes unequal sizes as one broadcast or reduction a rank; gloo refuses them, so the same is done here.
+    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    def unequal(tensors: list[torch.Tensor]) -> bool:
+        return len({tensor.shape for tensor in tensors}) > 1
+
+    @functools.wraps(all_gather)
+    def all_gather_unequal(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any
+    ) -> Any:
+        if not unequal(tensor_list):
+            return all_gather(tensor_list, tensor, group=group, **kwargs)
+        tensor_list[dist.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(tensor_list):
+            dist.broadcast(part, group=group, group_src=rank)
+        return None
+
+    @functools.wraps(reduce_scatter)
+    def reduce_scatter_unequal(output: torch.Tensor, input_list: list[torch.Tensor], *rest: Any, **kwargs: Any) -> Any:
+        if not unequal(input_list):
+            return reduce_scatter(output, input_list, *rest, **kwargs)
+        if rest or kwargs.keys() - {"group"}:
+            raise NotImplementedError("reduce_scatter of unequal parts: only a sum over a group, synchronously")
+        group = kwargs.get("group")
+        for rank, part in enumerate(input_list):
+            total = part.clone()
+            dist.reduce(total, group=group, group_dst=rank)
+            if rank == dist.get_rank(group):
+                output.copy_(total)
+        return None
+
+    dist.all_to_all_single = all_to_all_single
+    dist.all_gather = all_gather_unequal
+    dist.reduce_scatter = reduce_scatter_unequal
 
 
 # ------------------------------------------------------------------------------------------------------- compilation

@@ -57,8 +57,10 @@ class ParallelLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
                 raise BadInput(WHERE, name, f"must be at least 1, not {getattr(self, name)}")
         if self.vpp is not None and self.vpp < 2:
             raise BadInput(WHERE, "vpp", f"counts the chunks of a pipeline rank and must be at least 2, not {self.vpp}")
-        if self.vpp is not None and self.pp < 2:
-            raise BadInput(WHERE, "vpp", "interleaving needs pp of at least 2")
+        if self.vpp is not None and self.pp < 3:
+            # With two stages, the one before and the one after are the same rank, and Megatron's pairing of messages
+            # mixes up activations and gradients of micro-batches that differ in length.
+            raise BadInput(WHERE, "vpp", f"interleaving needs pp of at least 3, not {self.pp}")
         dense, expert = self.tp * self.cp * self.pp, self.etp * self.ep * self.pp
         if world_size % dense:
             raise BadInput(

@@ -25,6 +25,7 @@ value is not used: gradients are plain sums over micro-batches and data parallel
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from megarubric.megatron.families import family_of, read_config  # noqa: E402
 from megarubric.megatron.layers import decoder_spec  # noqa: E402
 from megarubric.megatron.layout import ParallelLayout  # noqa: E402
+
+# It tells every rank at every start that GPTModel only gets fixes from now on; the pin in pyproject.toml knows.
+logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 Recompute = Literal["none", "selective", "full"]
 Implementation = Literal["local", "transformer_engine"]
@@ -111,12 +115,17 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
         "variable_seq_lengths": True,  # packed micro-batches differ in length
         "deallocate_pipeline_outputs": layout.pp > 1,
+        # Interleaved stages need forward and backward messages apart: sent together, one end waits for the shape of a
+        # gradient that the other computes from the activation not yet sent.
+        "overlap_p2p_comm": layout.vpp is not None,
+        "batch_p2p_comm": layout.vpp is None,
         "calculate_per_token_loss": True,  # gradients are sums; see wrap_for_training
     }
     if recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
-        fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe_act"]}
+        modules = ["core_attn", "moe_act"] if engine else ["core_attn"]  # moe_act needs grouped experts
+        fields |= {"recompute_granularity": "selective", "recompute_modules": modules}
     return TransformerConfig(**(fields | overrides))
 
 

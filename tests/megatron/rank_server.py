@@ -104,6 +104,11 @@ def main() -> None:
     from megarubric.megatron import cpu
 
     cpu.ensure()
+    # Everything the jobs import, so that no forked rank has to.
+    import megatron.core.optimizer
+    import megatron.core.pipeline_parallel  # noqa: F401
+    import safetensors.torch  # noqa: F401
+
     import megarubric.megatron.model
     import megarubric.megatron.parallel
     import megarubric.megatron.weights  # noqa: F401
