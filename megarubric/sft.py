@@ -100,7 +100,7 @@ async def _steps(
     settings = algorithm("sft").settings()
     began, seen, first = time.perf_counter(), 0, state.step + 1
     for step in range(first, c.train.steps + 1):
-        batch = make_batch(order.take())
+        batch = make_batch(order.take(), c.data.mean, c.data.prompt_loss_weight)
         trained = await trainer.train(batch, settings, learning_rate(c.train, step))
         u = trained.updates[0]
         seen += u.tokens

@@ -187,6 +187,8 @@ class SftData(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     train: list[str]
     heldout: list[str] = []
     tokens_per_step: int = 8192
+    mean: Literal["token", "row"] = "token"  # loss is a mean over trained tokens, or over rows of their token means
+    prompt_loss_weight: float = 0.0  # adds this times the mean loss of the prompts' tokens
     max_tokens: int = 1024  # longer rows are left out, and counted
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -87,16 +88,28 @@ def _encode(row: _Row, tokenizer: ChatTokenizer, encoder: PromptEncoder) -> Row:
     return Row(np.concatenate([prompt, np.array(answer, np.int32)]), len(prompt))
 
 
-def make_batch(rows: Sequence[Row]) -> TrainBatch:
-    """Rows as a batch whose loss is the mean negative log-likelihood of the trained tokens."""
+def make_batch(
+    rows: Sequence[Row], mean: Literal["token", "row"] = "token", prompt_loss_weight: float = 0.0
+) -> TrainBatch:
+    """Rows as a batch whose loss is the mean negative log-likelihood of the answers' tokens.
+
+    `mean` "row" averages a row's tokens first, so a one-token verdict counts as much as a long answer.
+    `prompt_loss_weight` adds that much of the mean over the prompts' tokens: language modelling of what is read.
+    """
     lengths = np.array([len(r.token_ids) for r in rows], np.int32)
-    mask = np.concatenate([(np.arange(len(r.token_ids)) >= max(1, r.prompt_tokens)).astype(np.float32) for r in rows])
+    answer = np.concatenate([(np.arange(len(r.token_ids)) >= max(1, r.prompt_tokens)) for r in rows]).astype(np.float32)
+    mask = answer
+    weights = algorithm("sft" if mean == "token" else "grpo").token_weights(answer, lengths, 0)
+    if prompt_loss_weight > 0:
+        mask = np.concatenate([np.arange(len(r.token_ids)) >= 1 for r in rows]).astype(np.float32)
+        prompt = mask - answer
+        weights = weights + prompt * np.float32(prompt_loss_weight / max(1.0, float(prompt.sum())))
     return TrainBatch(
         tokens=np.concatenate([r.token_ids for r in rows]),
         lengths=lengths,
         loss_mask=mask,
         advantages=mask.copy(),
-        weights=algorithm("sft").token_weights(mask, lengths, 0),
+        weights=weights,
     )
 
 
