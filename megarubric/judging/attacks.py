@@ -15,7 +15,8 @@ from pathlib import Path
 import msgspec
 
 from megarubric.errors import BadInput
-from megarubric.judging.judge import Judge, tier_texts
+from megarubric.judging.judge import Judge
+from megarubric.judging.modes import tier_texts
 from megarubric.judging.prompt import tier_tokens
 from megarubric.judging.screen import screen
 from megarubric.judging.types import JudgeItem, Judgement

@@ -12,22 +12,25 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from megarubric.errors import BadInput
-from megarubric.judging.types import TierBackend, TierQuery, TierReply, content_hash
+from megarubric.judging.types import TextBackend, TextQuery, TextReply, TierBackend, TierQuery, TierReply, content_hash
 
 log = logging.getLogger(__name__)
 
 _SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x4D525542  # "MRUB": tells our file from any other SQLite database
 _BUSY_TIMEOUT_S = 30.0
-_encode_reply = msgspec.msgpack.Encoder().encode
-_decode_reply = msgspec.msgpack.Decoder(TierReply).decode
+_MISSING = "not in the judgement cache, and this is a replay"
+_encode = msgspec.msgpack.Encoder().encode
+_decode_tier = msgspec.msgpack.Decoder(TierReply).decode
+_decode_text = msgspec.msgpack.Decoder(TextReply).decode
 
 
 class CacheStats(msgspec.Struct, frozen=True):
@@ -161,7 +164,7 @@ class CachedBackend:
         self._backend, self._cache, self._replayed = backend, cache, identity
         self.grain = 64 if backend is None else backend.grain
         self.concurrency = 8 if backend is None else backend.concurrency
-        self._asking: dict[str, asyncio.Future[TierReply]] = {}
+        self._asking: dict[str, asyncio.Future[Any]] = {}
 
     @property
     def identity(self) -> str:
@@ -171,45 +174,64 @@ class CachedBackend:
         return self._backend.identity
 
     async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]:
-        judge = self.identity
-        keys = [content_hash(judge, q.content, *q.tiers, str(q.draw)) for q in queries]
-        stored = await self._cache.get(keys)
-        replies = {key: _decode_reply(value) for key, value in stored.items()}
-        due = {key: q for key, q in zip(keys, queries) if key not in replies}
-        if self._backend is None:
-            missing = TierReply(error="not in the judgement cache, and this is a replay")
+        keys = [content_hash(self.identity, q.content, *q.tiers, str(q.draw)) for q in queries]
+        ask = None if self._backend is None else self._backend.tier_logprobs
+        return await self._cached(keys, queries, ask, _decode_tier, TierReply(error=_MISSING))
+
+    async def complete(self, queries: Sequence[TextQuery]) -> list[TextReply]:
+        keys = [
+            content_hash(self.identity, q.content, "text", str(q.max_tokens), repr(q.temperature), str(q.draw))
+            for q in queries
+        ]
+        if self._backend is not None and not isinstance(self._backend, TextBackend):
+            raise BadInput("judge", self.identity, "cannot write text")
+        ask = None if self._backend is None else self._backend.complete
+        return await self._cached(keys, queries, ask, _decode_text, TextReply(error=_MISSING))
+
+    async def _cached[Q, R: (TierReply, TextReply)](
+        self,
+        keys: Sequence[str],
+        queries: Sequence[Q],
+        ask: Callable[[Sequence[Q]], Awaitable[list[R]]] | None,
+        decode: Callable[[bytes], R],
+        missing: R,
+    ) -> list[R]:
+        replies = {key: decode(value) for key, value in (await self._cache.get(keys)).items()}
+        if ask is None:
             return [replies.get(key, missing) for key in keys]
+        due = {key: q for key, q in zip(keys, queries) if key not in replies}
         # A question that another call is asking right now is waited for, not asked again.
         elsewhere = {key: self._asking[key] for key in due if key in self._asking}
         own = [(key, q) for key, q in due.items() if key not in elsewhere]
         groups = [own[i : i + self.grain] for i in range(0, len(own), self.grain)]
         for key, _ in own:
             self._asking[key] = asyncio.get_running_loop().create_future()
+
+        async def ask_group(group: Sequence[tuple[str, Q]]) -> None:
+            fresh = await ask([q for _, q in group])
+            if len(fresh) != len(group):
+                raise RuntimeError(f"wrong number of answers: {len(fresh)} for {len(group)} questions")
+            got = {key: reply for (key, _), reply in zip(group, fresh)}
+            keep = {key: _encode(reply) for key, reply in got.items() if reply.error is None}
+            stored = await self._cache.put(self.identity, keep) if keep else {}
+            got.update((key, decode(value)) for key, value in stored.items())
+            replies.update(got)
+            for key, reply in got.items():
+                self._asking[key].set_result(reply)
+
         try:
-            answered = await asyncio.gather(*(self._ask(judge, group) for group in groups), return_exceptions=True)
+            failures = await asyncio.gather(*map(ask_group, groups), return_exceptions=True)
         finally:
             for key, _ in own:
                 future = self._asking.pop(key)
                 if not future.done():
-                    future.set_result(TierReply(error="the same question failed in another call"))
-        for result in answered:
-            if isinstance(result, BaseException):
-                raise result
-            replies.update(result)
+                    future.set_result(None)
+        for failure in failures:
+            if failure is not None:
+                raise failure
         for key, future in elsewhere.items():
-            replies[key] = await asyncio.shield(future)
+            reply = await asyncio.shield(future)
+            if reply is None:
+                raise RuntimeError("the same question failed in another call")
+            replies[key] = reply
         return [replies[key] for key in keys]
-
-    async def _ask(self, judge: str, group: Sequence[tuple[str, TierQuery]]) -> dict[str, TierReply]:
-        assert self._backend is not None
-        fresh = await self._backend.tier_logprobs([q for _, q in group])
-        if len(fresh) != len(group):
-            raise RuntimeError(f"wrong number of answers: {len(fresh)} for {len(group)} questions")
-        replies = {key: reply for (key, _), reply in zip(group, fresh)}
-        keep = {key: _encode_reply(reply) for key, reply in replies.items() if reply.error is None}
-        if keep:
-            stored = await self._cache.put(judge, keep)
-            replies.update((key, _decode_reply(value)) for key, value in stored.items())
-        for key, reply in replies.items():
-            self._asking[key].set_result(reply)
-        return replies

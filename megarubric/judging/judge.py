@@ -1,7 +1,7 @@
 """The judge: from answers and rubrics to one judgement a criterion.
 
-Checks run in this process, stored judgements are used as given, everything else is asked of a judge model as a
-distribution over tier signs (spec/reward.md). A judgement that fails, times out or cannot be read is masked and
+Checks run in this process, stored judgements are used as given, everything else is asked of a judge model, by default
+as a distribution over tier signs (spec/reward.md). A judgement that fails, times out or cannot be read is masked and
 counted: it never becomes a zero, and it never ends the run.
 """
 
@@ -10,18 +10,32 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import groupby
 
 import msgspec
 
 from megarubric.errors import BadInput, ProcessDied
-from megarubric.judging.prompt import Template, load_template, render_tier, tier_tokens
-from megarubric.judging.types import JudgeItem, Judgement, TierBackend, TierQuery, TierReply, content_hash
+from megarubric.judging.calibration import Calibration
+from megarubric.judging.modes import Drawn, Due, Mode, all_query, read_all, read_reasoned, reason_query, tier_query
+from megarubric.judging.prompt import Template, load_template
+from megarubric.judging.types import (
+    JudgeItem,
+    Judgement,
+    Source,
+    TextBackend,
+    TextQuery,
+    TextReply,
+    TierBackend,
+    TierReply,
+)
 from megarubric.reward.tiers import tier_expectation
 from megarubric.rubrics import Criterion, Rubric
 from megarubric.rubrics.checks import run_check
 
 log = logging.getLogger(__name__)
+_MAX_TIERS = 26
 
 
 class JudgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,12 +43,37 @@ class JudgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     `timeout_s` bounds one call to the backend (the backend says how many queries that is), counted from when it is its
     turn; `retries` says how often a failed call is repeated.
+
+    `mode` is how criteria are asked: ``tier`` (one sign, from log-probabilities), ``reason`` (reasons, then the
+    verdict) or ``all`` (one call for all criteria of an answer); `modes` says otherwise for single criteria, by id or
+    by ``rubric id/criterion id``. `draws` and `temperature` hold for the modes that write.
+
+    `escalate_above`: a tier judgement whose entropy is above this share of its maximum, log(number of tiers), or that
+    is unread, is asked of the second judge, where there is one.
     """
 
     template: str = "tier"
+    reason_template: str = "reason"
+    all_template: str = "all"
     min_tier_mass: float = 0.5
     timeout_s: float = 120.0
     retries: int = 1
+    mode: Mode = "tier"
+    modes: dict[str, Mode] = {}
+    draws: int = 1
+    temperature: float = 0.0
+    max_tokens: int = 512
+    escalate_above: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or self.retries < 0 or self.timeout_s <= 0 or self.max_tokens < 1:
+            raise ValueError("draws and max_tokens are at least 1, retries at least 0, timeout_s above 0")
+        if self.draws > 1 and self.temperature <= 0:
+            raise ValueError("several draws at temperature 0 are one draw: set a temperature")
+
+    def mode_of(self, rubric: Rubric, criterion: Criterion) -> Mode:
+        by_id = self.modes.get(criterion.id, self.mode)
+        return self.modes.get(f"{rubric.id}/{criterion.id}", by_id)
 
 
 class JudgeStats(msgspec.Struct):
@@ -47,6 +86,7 @@ class JudgeStats(msgspec.Struct):
     unread: int = 0
     calls: int = 0
     retried: int = 0
+    escalated: int = 0
     failures: collections.Counter[str] = msgspec.field(default_factory=collections.Counter)
 
     @property
@@ -58,15 +98,30 @@ class JudgeStats(msgspec.Struct):
 class Judge:
     """Judges answers with `backend`, or without one (None): then only checks and stored judgements count.
 
-    Any number of `judge` calls may overlap on one event loop.
+    `second` is asked again where `backend` is unsure; `calibration` corrects the scores of both. The modes that write
+    need a backend that can (`TextBackend`). Any number of `judge` calls may overlap on one event loop.
     """
 
-    def __init__(self, backend: TierBackend | None, settings: JudgeSettings | None = None) -> None:
+    def __init__(
+        self,
+        backend: TierBackend | None,
+        settings: JudgeSettings | None = None,
+        *,
+        second: TierBackend | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
         self.backend = backend
+        self.second = second
+        self.calibration = calibration
         self.settings = settings or JudgeSettings()
-        self.template: Template = load_template(self.settings.template)
         self.stats = JudgeStats()
-        self._slots = asyncio.Semaphore(backend.concurrency if backend is not None else 1)
+        self.template: Template = load_template(self.settings.template)
+        self._reason_template = load_template(self.settings.reason_template)
+        self._all_template = load_template(self.settings.all_template)
+        self._slots = {id(b): asyncio.Semaphore(b.concurrency) for b in (backend, second) if b is not None}
+        writes = {self.settings.mode, *self.settings.modes.values()} - {"tier"}
+        if backend is not None and writes and not isinstance(backend, TextBackend):
+            raise BadInput("judge", backend.identity, f"cannot write text, which mode {min(writes)} needs")
 
     async def judge(self, items: Sequence[JudgeItem]) -> list[dict[str, Judgement]]:
         """One judgement a criterion for every item, keyed by criterion id in the rubric's order.
@@ -75,23 +130,22 @@ class Judge:
         process has ended; a judge that merely fails is masked.
         """
         results: list[dict[str, Judgement]] = []
-        queries: dict[str, TierQuery] = {}  # by content: equal answers are judged once
-        askers: dict[str, list[tuple[int, Criterion]]] = {}
+        due: dict[Mode, list[Due]] = {"tier": [], "reason": [], "all": []}
         for i, item in enumerate(items):
             check_stored(item.rubric, item.stored)
             row: dict[str, Judgement] = {}
             for criterion in item.rubric.criteria:
                 judgement = self._without_model(item, criterion)
                 if judgement is None:
-                    query = self._query(item, criterion)
-                    queries[query.content] = query
-                    askers.setdefault(query.content, []).append((i, criterion))
+                    due[self.settings.mode_of(item.rubric, criterion)].append(Due(i, item, criterion))
                     judgement = _masked(criterion, "not answered")  # keeps the place; replaced below
                 row[criterion.id] = judgement
             results.append(row)
-        for content, reply in zip(queries, await self._ask(list(queries.values()))):
-            for i, criterion in askers[content]:
-                results[i][criterion.id] = self._read(criterion, reply)
+        answered = await asyncio.gather(
+            self._by_tier(due["tier"]), self._by_reason(due["reason"]), self._by_all(due["all"])
+        )
+        for d, judgement in (pair for pairs in answered for pair in pairs):
+            results[d.at][d.criterion.id] = self._counted(self._calibrated(d, judgement))
         return results
 
     def _without_model(self, item: JudgeItem, criterion: Criterion) -> Judgement | None:
@@ -112,63 +166,98 @@ class Judge:
             return _masked(criterion, "needs a reference and the rubric has none")
         if self.backend is None:
             return _masked(criterion, "no judge")
-        if len(criterion.tier_values) > 26:
-            return _masked(criterion, f"{len(criterion.tier_values)} tiers, a judge is asked for at most 26")
+        if len(criterion.tier_values) > _MAX_TIERS:
+            return _masked(criterion, f"{len(criterion.tier_values)} tiers, a judge is asked for at most {_MAX_TIERS}")
         return None
 
-    def _query(self, item: JudgeItem, criterion: Criterion) -> TierQuery:
-        rubric = item.rubric
-        reference = rubric.reference if criterion.needs_reference else None
-        texts = tier_texts(criterion)
-        parts = render_tier(self.template, item.prompt, item.response, criterion.description, texts, reference)
-        content = content_hash(
-            "tier", self.template.hash, rubric.hash, criterion.id, item.prompt, item.response, reference
-        )
-        return TierQuery(tuple(parts), tier_tokens(len(texts)), content)
+    # --- the three ways of asking -------------------------------------------------------------------------------
 
-    async def _ask(self, queries: list[TierQuery]) -> list[TierReply]:
-        if not queries:
+    async def _by_tier(self, due: Sequence[Due]) -> list[tuple[Due, Judgement]]:
+        judged = await self._ask_tiers(self.backend, due)
+        if self.second is None:
+            return judged
+        unsure = [d for d, j in judged if self._unsure(d.criterion, j)]
+        self.stats.escalated += len(unsure)
+        again = {(d.at, d.criterion.id): j for d, j in await self._ask_tiers(self.second, unsure) if j.read}
+        return [(d, again.get((d.at, d.criterion.id), j)) for d, j in judged]
+
+    async def _ask_tiers(self, backend: TierBackend | None, due: Sequence[Due]) -> list[tuple[Due, Judgement]]:
+        if not due or backend is None:
             return []
-        assert self.backend is not None
-        size = self.backend.grain
-        chunks = [queries[i : i + size] for i in range(0, len(queries), size)]
-        answered = await asyncio.gather(*(self._call(chunk) for chunk in chunks))
-        return [reply for replies in answered for reply in replies]
+        asked = [tier_query(self.template, d) for d in due]
+        distinct = {q.content: q for q in asked}  # equal answers are judged once
+        replies = await self._ask(backend, list(distinct.values()), backend.tier_logprobs, lambda e: TierReply(error=e))
+        by_content = dict(zip(distinct, replies))
+        return [(d, self._read_tier(d.criterion, by_content[q.content])) for d, q in zip(due, asked)]
 
-    async def _call(self, queries: list[TierQuery]) -> list[TierReply]:
-        """One reply a query whatever the backend does; ProcessDied passes."""
-        assert self.backend is not None
-        reason = ""
-        for attempt in range(self.settings.retries + 1):
-            self.stats.calls += 1
-            self.stats.retried += attempt > 0
-            try:
-                async with self._slots:
-                    replies = await asyncio.wait_for(self.backend.tier_logprobs(queries), self.settings.timeout_s)
-            except ProcessDied:
-                raise
-            except TimeoutError:
-                reason = f"timed out after {self.settings.timeout_s:g} s"
-            except Exception as error:  # whatever a judge does, the run goes on
-                reason = f"{type(error).__name__}: {error}"
-            else:
-                if len(replies) == len(queries):
-                    return list(replies)
-                reason = f"wrong number of answers: {len(replies)} for {len(queries)} questions"
-            log.warning("judge call failed (attempt %d of %d): %s", attempt + 1, self.settings.retries + 1, reason)
-        return [TierReply(error=reason)] * len(queries)
+    async def _by_reason(self, due: Sequence[Due]) -> list[tuple[Due, Judgement]]:
+        s = self.settings
+        draws = [
+            [reason_query(self._reason_template, d, s.max_tokens, s.temperature, k) for k in range(s.draws)]
+            for d in due
+        ]
+        replies = await self._ask_text(draws)
+        return [(d, _drawn(d.criterion, read_reasoned(d.criterion, r))) for d, r in zip(due, replies)]
 
-    def _read(self, criterion: Criterion, reply: TierReply) -> Judgement:
-        """A reply as a judgement, masked when it cannot be read; counted either way."""
-        judgement = self._interpret(criterion, reply)
-        self.stats.asked += 1
-        self.stats.read += judgement.read
-        self.stats.unread += not judgement.read
-        if judgement.reason is not None:
-            self.stats.failures[judgement.reason.partition(":")[0]] += 1
-        return judgement
+    async def _by_all(self, due: Sequence[Due]) -> list[tuple[Due, Judgement]]:
+        s = self.settings
+        groups = [list(group) for _, group in groupby(due, key=lambda d: d.at)]
+        draws = [
+            [all_query(self._all_template, g, s.max_tokens, s.temperature, k) for k in range(s.draws)] for g in groups
+        ]
+        out = []
+        for group, replies in zip(groups, await self._ask_text(draws)):
+            criteria = [d.criterion for d in group]
+            out += [(d, _drawn(d.criterion, drawn)) for d, drawn in zip(group, read_all(criteria, replies))]
+        return out
 
-    def _interpret(self, criterion: Criterion, reply: TierReply) -> Judgement:
+    async def _ask_text(self, draws: Sequence[Sequence[TextQuery]]) -> list[list[TextReply]]:
+        """The replies to each list of draws."""
+        if not draws:
+            return []
+        backend = self.backend
+        assert backend is not None and isinstance(backend, TextBackend)
+        distinct = {(q.content, q.draw): q for row in draws for q in row}
+        replies = await self._ask(backend, list(distinct.values()), backend.complete, lambda e: TextReply(error=e))
+        by_content = dict(zip(distinct, replies))
+        return [[by_content[q.content, q.draw] for q in row] for row in draws]
+
+    async def _ask[Q, R](
+        self,
+        backend: TierBackend,
+        queries: Sequence[Q],
+        method: Callable[[Sequence[Q]], Awaitable[list[R]]],
+        failed: Callable[[str], R],
+    ) -> list[R]:
+        """One reply a query whatever the backend does; only ProcessDied passes."""
+        chunks = [queries[i : i + backend.grain] for i in range(0, len(queries), backend.grain)]
+
+        async def call(chunk: Sequence[Q]) -> list[R]:
+            reason = ""
+            for attempt in range(self.settings.retries + 1):
+                self.stats.calls += 1
+                self.stats.retried += attempt > 0
+                try:
+                    async with self._slots[id(backend)]:
+                        replies = await asyncio.wait_for(_as_coroutine(method(chunk)), self.settings.timeout_s)
+                except ProcessDied:
+                    raise
+                except TimeoutError:
+                    reason = f"timed out after {self.settings.timeout_s:g} s"
+                except Exception as error:  # whatever a judge does, the run goes on
+                    reason = f"{type(error).__name__}: {error}"
+                else:
+                    if len(replies) == len(chunk):
+                        return list(replies)
+                    reason = f"wrong number of answers: {len(replies)} for {len(chunk)} questions"
+                log.warning("judge call failed (attempt %d of %d): %s", attempt + 1, self.settings.retries + 1, reason)
+            return [failed(reason) for _ in chunk]
+
+        return [reply for replies in await asyncio.gather(*map(call, chunks)) for reply in replies]
+
+    # --- from replies to judgements -----------------------------------------------------------------------------
+
+    def _read_tier(self, criterion: Criterion, reply: TierReply) -> Judgement:
         values = criterion.tier_values
         if reply.error is not None:
             return _masked(criterion, reply.error, "judge")
@@ -176,39 +265,50 @@ class Judge:
             if not 0 <= reply.verdict < len(values):
                 return _masked(criterion, f"verdict out of range: {reply.verdict}", "judge")
             return judgement_of(criterion, values[reply.verdict], "judge")
-        logprobs = reply.logprobs
-        if logprobs is None or len(logprobs) != len(values):
+        if reply.logprobs is None or len(reply.logprobs) != len(values):
             return _masked(criterion, "wrong number of tier log-probabilities", "judge")
         low, high = values[0], values[-1]
-        scores = [(value - low) / (high - low) for value in values]
+        scores = [normalise(criterion, value) for value in values]
         try:
-            reading = tier_expectation(logprobs, scores, self.settings.min_tier_mass)
+            reading = tier_expectation(reply.logprobs, scores, self.settings.min_tier_mass)
         except BadInput as error:
             return _masked(criterion, f"not log-probabilities: {error}", "judge")
         score, mass = reading.value.item(), reading.mass.item()
         if not reading.read:
-            return _masked(criterion, f"low tier mass: {mass:.3g}", "judge", None, mass)
+            return _masked(criterion, f"low tier mass: {mass:.3g}", "judge", mass)
         value = low + score * (high - low)
         return Judgement(criterion.id, value, score, "judge", True, reading.entropy.item(), mass)
 
+    def _unsure(self, criterion: Criterion, judgement: Judgement) -> bool:
+        if judgement.score is None:
+            return True
+        limit = self.settings.escalate_above * math.log(len(criterion.tier_values))
+        return judgement.entropy is not None and judgement.entropy > limit
 
-def tier_texts(criterion: Criterion) -> list[str]:
-    """What the judge reads for each tier, lowest first; a criterion without tiers is a no or a yes."""
-    if not criterion.tiers:
-        return ["No.", "Yes."]
-    return [tier.text or f"(worth {tier.value:g})" for tier in criterion.tiers]
+    def _calibrated(self, due: Due, judgement: Judgement) -> Judgement:
+        if self.calibration is None or judgement.score is None:
+            return judgement
+        score = self.calibration.score(due.item.rubric.id, due.criterion.id, judgement.score)
+        low, high = due.criterion.tier_values[0], due.criterion.tier_values[-1]
+        return msgspec.structs.replace(judgement, score=score, value=low + score * (high - low))
+
+    def _counted(self, judgement: Judgement) -> Judgement:
+        self.stats.asked += 1
+        self.stats.read += judgement.read
+        self.stats.unread += not judgement.read
+        if judgement.reason is not None:
+            self.stats.failures[judgement.reason.partition(":")[0]] += 1
+        return judgement
 
 
-def judgement_of(
-    criterion: Criterion,
-    value: float | None,
-    source: str,
-    entropy: float | None = None,
-    tier_mass: float | None = None,
-) -> Judgement:
+async def _as_coroutine[T](awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+def judgement_of(criterion: Criterion, value: float | None, source: Source, entropy: float | None = None) -> Judgement:
     """A judgement that was read: `value` on the tier scale, None for not applicable."""
     score = None if value is None else normalise(criterion, value)
-    return Judgement(criterion.id, value, score, source, True, entropy, tier_mass)  # type: ignore[arg-type]
+    return Judgement(criterion.id, value, score, source, True, entropy)
 
 
 def normalise(criterion: Criterion, value: float) -> float:
@@ -220,15 +320,10 @@ def normalise(criterion: Criterion, value: float) -> float:
 def check_stored(rubric: Rubric, stored: Mapping[str, float | None] | None) -> None:
     """Raises BadInput (naming rubric and criterion) unless every stored value is null or a finite number on the tier
     scale of a criterion of `rubric`."""
-    if not stored:
-        return
-    criteria = {c.id: c for c in rubric.criteria}
-    for name, value in stored.items():
-        criterion = criteria.get(name)
+    for name, value in (stored or {}).items():
+        criterion = next((c for c in rubric.criteria if c.id == name), None)
         if criterion is None:
-            raise BadInput(
-                f"rubric {rubric.id}", name, "a judgement is stored for it, but the rubric has no such criterion"
-            )
+            raise BadInput(f"rubric {rubric.id}", name, "a stored judgement, but the rubric has no such criterion")
         if value is None:
             continue
         low, high = criterion.tier_values[0], criterion.tier_values[-1]
@@ -239,11 +334,11 @@ def check_stored(rubric: Rubric, stored: Mapping[str, float | None] | None) -> N
             )
 
 
-def _masked(
-    criterion: Criterion,
-    reason: str,
-    source: str = "none",
-    entropy: float | None = None,
-    tier_mass: float | None = None,
-) -> Judgement:
-    return Judgement(criterion.id, None, None, source, False, entropy, tier_mass, reason)  # type: ignore[arg-type]
+def _drawn(criterion: Criterion, drawn: Drawn) -> Judgement:
+    if drawn.value is None:
+        return _masked(criterion, drawn.reason or "unread", "judge")
+    return judgement_of(criterion, drawn.value, "judge", drawn.entropy)
+
+
+def _masked(criterion: Criterion, reason: str, source: Source = "none", tier_mass: float | None = None) -> Judgement:
+    return Judgement(criterion.id, None, None, source, False, None, tier_mass, reason)

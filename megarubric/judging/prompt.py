@@ -27,7 +27,7 @@ from megarubric.errors import BadInput
 from megarubric.judging.visible import visible
 
 TEMPLATE_DIR = Path(__file__).parent / "templates"
-_FIELDS = ("question", "reference", "answer", "criterion", "tiers", "fence", "nonce")
+_FIELDS = ("question", "reference", "answer", "criterion", "tiers", "criteria", "fence", "nonce")
 _PLACEHOLDER = re.compile(r"\{\{([#/=]?)([a-z_]+)\}\}")
 _CHAT_TOKEN = re.compile(r"<\|[a-z_]+\|>")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -67,7 +67,8 @@ def parse_template(text: str, name: str) -> Template:
             or (sign in ("#", "/") and field != "reference")
         ):
             raise BadInput(f"template {name}", "{{" + sign + field + "}}", "unknown placeholder")
-    for field in ("answer", "=criterion", "criterion", "tiers"):
+    wanted = ("criteria",) if "criteria" in found else ("criterion", "tiers")
+    for field in ("answer", "=criterion", *wanted):
         if field not in found:
             raise BadInput(f"template {name}", "{{" + field + "}}", "missing")
     if text.count("{{#reference}}") != text.count("{{/reference}}") or found.count("=criterion") != 1:
@@ -75,7 +76,7 @@ def parse_template(text: str, name: str) -> Template:
     split = found.index("=criterion")
     if not {"question", "reference", "answer"}.isdisjoint(found[split:]):
         raise BadInput(f"template {name}", None, "question, reference and answer belong before {{=criterion}}")
-    if not {"criterion", "tiers"}.isdisjoint(found[:split]):
+    if not {"criterion", "tiers", "criteria"}.isdisjoint(found[:split]):
         raise BadInput(f"template {name}", None, "the criterion and its tiers belong after {{=criterion}}")
     return Template(name, text, hashlib.sha256(text.encode()).hexdigest())
 
@@ -114,16 +115,33 @@ def render_tier(
     Characters that no reader sees are left out (`visible`). The fence and the nonce depend on question, reference and
     answer only, so that the shared part of the prompt is the same for every criterion of that answer.
     """
-    signs = tier_tokens(len(tiers))
+    return _fill(template, question, answer, reference, criterion=_one_line(criterion), tiers=_tier_lines(tiers))
+
+
+def render_all(
+    template: Template,
+    question: str,
+    answer: str,
+    criteria: Sequence[tuple[str, Sequence[str]]],
+    reference: str | None = None,
+) -> list[Part]:
+    """Fill a one-call-for-all `template` for one answer and its `criteria`, each a description and its tiers' texts."""
+    blocks = [
+        f"{n}. {_one_line(description)}\n" + "\n".join("   " + line for line in _tier_lines(tiers).splitlines())
+        for n, (description, tiers) in enumerate(criteria, start=1)
+    ]
+    return _fill(template, question, answer, reference, criteria="\n".join(blocks))
+
+
+def _fill(template: Template, question: str, answer: str, reference: str | None, **criteria: str) -> list[Part]:
     material = [visible(question), visible(reference or ""), visible(answer)]
     values = {
         "question": material[0],
         "reference": material[1],
         "answer": material[2],
-        "criterion": _one_line(criterion),
-        "tiers": "\n".join(f"{sign}: {_one_line(text)}" for sign, text in zip(signs, tiers)),
         "fence": _fence(material),
         "nonce": _nonce(material),
+        **criteria,
     }
     text = template.text
     if reference is None:
@@ -184,6 +202,10 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def _tier_lines(tiers: Sequence[str]) -> str:
+    return "\n".join(f"{sign}: {_one_line(text)}" for sign, text in zip(tier_tokens(len(tiers)), tiers))
+
+
 def _fence(material: Sequence[str]) -> str:
     longest = max((len(run) for text in material for run in re.findall('"+', text)), default=0)
     return '"' * max(3, longest + 1)
@@ -210,6 +232,7 @@ class PromptEncoder:
         if not isinstance(backend, Tokenizer):
             raise BadInput("tokenizer", type(tokenizer).__name__, "judging needs a fast tokenizer (tokenizer.json)")
         state = json.loads(backend.to_str())
+        self._backend = backend
         self._control = {t["content"]: int(t["id"]) for t in state["added_tokens"]}
         unknown = state["model"].get("unk_token")
         if unknown is None and state["model"].get("unk_id") is not None:
@@ -237,8 +260,7 @@ class PromptEncoder:
                 run, last = "", match.end()
             run += part.text[last:]
             for chat_token in _CHAT_TOKEN.findall(part.text):
-                if chat_token not in self._control:
-                    raise BadInput("tokenizer", chat_token, "the judge's tokenizer has no such control token")
+                self.control_id(chat_token)
         return ids + self._encode_text(run)
 
     def token_id(self, text: str) -> int:
@@ -247,6 +269,16 @@ class PromptEncoder:
         if found is None:
             raise BadInput("tokenizer", text, "a tier sign must be a single token of the judge's vocabulary")
         return int(found)
+
+    def control_id(self, text: str) -> int:
+        """Id of a control token. Raises BadInput when the tokenizer has none of that name."""
+        if text not in self._control:
+            raise BadInput("tokenizer", text, "the judge's tokenizer has no such control token")
+        return self._control[text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, control tokens left out."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
     def _encode_text(self, text: str) -> list[int]:
         if not text:

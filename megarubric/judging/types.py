@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -70,6 +70,24 @@ class TierReply(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
+class TextQuery(msgspec.Struct, frozen=True):
+    """A question that is answered in text: reasons before a verdict, or all criteria at once. `draw` numbers repeated
+    draws at a `temperature` above 0 and seeds them."""
+
+    parts: tuple[Part, ...]
+    content: str
+    max_tokens: int
+    temperature: float = 0.0
+    draw: int = 0
+
+
+class TextReply(msgspec.Struct, frozen=True):
+    """The judge's text, or why there is none."""
+
+    text: str | None = None
+    error: str | None = None
+
+
 class TierBackend(Protocol):
     """A judge model. One reply a query, in order. A backend may raise (the judge masks what it asked for and counts
     it), but reports what concerns a single query as that query's `TierReply.error`."""
@@ -91,6 +109,13 @@ class TierBackend(Protocol):
         ...
 
     async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]: ...
+
+
+@runtime_checkable
+class TextBackend(Protocol):
+    """A judge model that can write; what `TierBackend` says holds here too."""
+
+    async def complete(self, queries: Sequence[TextQuery]) -> list[TextReply]: ...
 
 
 def content_hash(*fields: str | None) -> str:

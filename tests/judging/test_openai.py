@@ -12,7 +12,7 @@ from http_judge import Handler, HttpJudge, Reply, chat_reply, http_judge
 from megarubric.errors import BadInput
 from megarubric.judging.backends.openai import OpenAIBackend, OpenAISettings
 from megarubric.judging.prompt import load_template, render_tier
-from megarubric.judging.types import TierQuery, TierReply
+from megarubric.judging.types import TextQuery, TextReply, TierQuery, TierReply
 
 GOOD = [("1", {"1": math.log(0.6), " 0": math.log(0.1), "0": math.log(0.2), "x": math.log(0.1)})]
 
@@ -196,6 +196,21 @@ def test_prefill_continues_the_assistant_message() -> None:
     _, server, _ = ask(always(chat_reply(GOOD)), prefill=True)
     body = server.requests[0][1]
     assert body["messages"][-1] == {"role": "assistant", "content": "Tier ["} and body["max_tokens"] == 1
+
+
+def test_text_is_fetched_with_its_temperature_and_seed() -> None:
+    async def main() -> list[TextReply]:
+        async with http_judge(first_then(Reply(b"", 500), chat_reply([], text="So.\nTier [1]"))) as server:
+            backend = OpenAIBackend(OpenAISettings(url=server.url, model="judge", backoff_s=0.001))
+            try:
+                replies = await backend.complete([TextQuery(query().parts, "c", 99, 0.5, 3)])
+            finally:
+                await backend.aclose()
+            body = server.requests[1][1]
+            assert (body["max_tokens"], body["temperature"], body["seed"]) == (99, 0.5, 3) and "logprobs" not in body
+            return replies
+
+    assert asyncio.run(main()) == [TextReply(text="So.\nTier [1]")]
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

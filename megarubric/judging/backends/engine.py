@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from megarubric.errors import BadInput
 from megarubric.judging.prompt import PromptEncoder
-from megarubric.judging.types import TierQuery, TierReply
-from megarubric.rollout.messages import TokenScores, TokenTierQuery
+from megarubric.judging.types import TextQuery, TextReply, TierQuery, TierReply
+from megarubric.rollout.messages import Completion, GenerateRequest, TokenScores, TokenTierQuery
 
 
 class TierEngine(Protocol):
     """The part of `megarubric.rollout.client.EngineClient` that judging uses."""
 
     async def tier_logprobs(self, queries: Sequence[TokenTierQuery]) -> Sequence[TokenScores]: ...
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> Sequence[Completion]: ...
 
 
 class EngineBackend:
@@ -74,7 +76,22 @@ class EngineBackend:
                 replies[i] = TierReply(logprobs=tuple(row.logprobs.tolist()))
         return replies
 
-    def _encode(self, queries: Sequence[TierQuery]) -> list[NDArray[np.int32]]:
+    async def complete(self, queries: Sequence[TextQuery]) -> list[TextReply]:
+        prompts = await asyncio.to_thread(self._encode, queries)
+        stop = (self._encoder.control_id("<|im_end|>"),)
+        requests = [
+            GenerateRequest(prompt, q.max_tokens, seed=q.draw, temperature=q.temperature, stop_token_ids=stop)
+            for prompt, q in zip(prompts, queries)
+        ]
+        replies = []
+        for done in await self._engine.generate(requests):
+            if done.error is not None:
+                replies.append(TextReply(error=done.error))
+            else:
+                replies.append(TextReply(text=self._encoder.decode(done.token_ids.tolist())))
+        return replies
+
+    def _encode(self, queries: Sequence[TierQuery | TextQuery]) -> list[NDArray[np.int32]]:
         return [np.array(self._encoder.encode(query.parts), dtype=np.int32) for query in queries]
 
     def _tier_token_ids(self, tiers: tuple[str, ...]) -> NDArray[np.int32]:

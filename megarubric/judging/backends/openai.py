@@ -15,7 +15,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 import httpx
@@ -24,7 +24,7 @@ import msgspec
 from megarubric.errors import BadInput
 from megarubric.judging.parser import parse_tier, parse_tier_json
 from megarubric.judging.prompt import chat_messages, defang
-from megarubric.judging.types import TierQuery, TierReply
+from megarubric.judging.types import TextQuery, TextReply, TierQuery, TierReply
 
 log = logging.getLogger(__name__)
 
@@ -104,26 +104,46 @@ class OpenAIBackend:
     async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]:
         return list(await asyncio.gather(*(self._query(query) for query in queries)))
 
+    async def complete(self, queries: Sequence[TextQuery]) -> list[TextReply]:
+        return list(await asyncio.gather(*(self._text_query(query) for query in queries)))
+
     async def _query(self, query: TierQuery) -> TierReply:
+        try:
+            return await self._with_retries(lambda: self._ask(query))
+        except _GiveUp as error:
+            return TierReply(error=str(error))
+
+    async def _text_query(self, query: TextQuery) -> TextReply:
+        messages, _ = chat_messages(query.parts)
+        body: dict[str, Any] = {"messages": messages, "max_tokens": query.max_tokens, "temperature": query.temperature}
+        if query.temperature > 0:
+            body["seed"] = query.draw
+        try:
+            choice = await self._with_retries(lambda: self._post("chat/completions", body))
+        except _GiveUp as error:
+            return TextReply(error=str(error))
+        text = _field(choice, "message", "content")
+        return (
+            TextReply(text=text) if isinstance(text, str) else TextReply(error="unreadable reply: no message content")
+        )
+
+    async def _with_retries[R](self, attempt_once: Callable[[], Awaitable[R]]) -> R:
+        """The result of the first attempt that succeeds. Raises _GiveUp."""
+        s = self.settings
+        reason = ""
         async with self._slots:
             try:
-                async with asyncio.timeout(self.settings.deadline_s):
-                    return await self._with_retries(query)
-            except TimeoutError:
-                return TierReply(error=f"timed out after {self.settings.deadline_s:g} s with retries")
-
-    async def _with_retries(self, query: TierQuery) -> TierReply:
-        reason = ""
-        for attempt in range(self.settings.retries + 1):
-            self.retried += attempt > 0
-            try:
-                return await self._ask(query)
-            except _Retry as error:
-                reason = str(error)
-                await self._back_off(attempt, error.after_s)
-            except _GiveUp as error:
-                return TierReply(error=str(error))
-        return TierReply(error=f"{reason} ({self.settings.retries + 1} attempts)")
+                async with asyncio.timeout(s.deadline_s):
+                    for attempt in range(s.retries + 1):
+                        self.retried += attempt > 0
+                        try:
+                            return await attempt_once()
+                        except _Retry as error:
+                            reason = str(error)
+                            await self._back_off(attempt, error.after_s)
+            except TimeoutError as error:
+                raise _GiveUp(f"timed out after {s.deadline_s:g} s with retries") from error
+        raise _GiveUp(f"{reason} ({s.retries + 1} attempts)")
 
     async def _back_off(self, attempt: int, after_s: float | None) -> None:
         """Exponential back-off with full jitter; what the server asked for holds for all queries of this client."""

@@ -1,0 +1,108 @@
+"""The two ways of asking in which the judge writes text: reasons before the verdict, or one call for all criteria.
+
+The default way, one tier sign a criterion, is cheaper and gives a distribution. Reasoning first helps on criteria that
+need work (counting, comparing with a reference); one call for all helps where calls cost more than tokens. Either can
+be drawn several times; the median of the draws that could be read counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from math import log
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from megarubric.judging.parser import parse_all, parse_reasoned
+from megarubric.judging.prompt import Template, render_all, render_tier, tier_tokens
+from megarubric.judging.types import JudgeItem, TextQuery, TextReply, TierQuery, content_hash
+from megarubric.rubrics import Criterion
+
+Mode = Literal["tier", "reason", "all"]
+
+
+class Due(NamedTuple):
+    """A criterion of an item that the judge model is to judge; `at` is the item's place in the call."""
+
+    at: int
+    item: JudgeItem
+    criterion: Criterion
+
+
+class Drawn(msgspec.Struct, frozen=True):
+    """What several draws amount to: the median tier value, the entropy (nats) of the draws' tiers when there are
+    several, or the reason why there is no value."""
+
+    value: float | None
+    entropy: float | None = None
+    reason: str | None = None
+
+
+def tier_texts(criterion: Criterion) -> list[str]:
+    """What the judge reads for each tier, lowest first; a criterion without tiers is a no or a yes."""
+    if not criterion.tiers:
+        return ["No.", "Yes."]
+    return [tier.text or f"(worth {tier.value:g})" for tier in criterion.tiers]
+
+
+def tier_query(template: Template, due: Due) -> TierQuery:
+    """The question for one tier sign."""
+    texts = tier_texts(due.criterion)
+    reference = _reference(due)
+    parts = render_tier(template, due.item.prompt, due.item.response, due.criterion.description, texts, reference)
+    return TierQuery(tuple(parts), tier_tokens(len(texts)), _content("tier", template, due, due.criterion.id))
+
+
+def reason_query(template: Template, due: Due, max_tokens: int, temperature: float, draw: int) -> TextQuery:
+    """The question for reasons and then a verdict."""
+    texts = tier_texts(due.criterion)
+    reference = _reference(due)
+    parts = render_tier(template, due.item.prompt, due.item.response, due.criterion.description, texts, reference)
+    content = _content("reason", template, due, due.criterion.id)
+    return TextQuery(tuple(parts), content, max_tokens, temperature, draw)
+
+
+def all_query(template: Template, dues: Sequence[Due], max_tokens: int, temperature: float, draw: int) -> TextQuery:
+    """The question for all `dues`, which are criteria of one item."""
+    first = dues[0]
+    criteria = [(due.criterion.description, tier_texts(due.criterion)) for due in dues]
+    reference = next((r for due in dues if (r := _reference(due)) is not None), None)
+    parts = render_all(template, first.item.prompt, first.item.response, criteria, reference)
+    content = _content("all", template, first, *(due.criterion.id for due in dues))
+    return TextQuery(tuple(parts), content, max_tokens, temperature, draw)
+
+
+def read_reasoned(criterion: Criterion, replies: Sequence[TextReply]) -> Drawn:
+    """The verdict of reasoned replies, one a draw."""
+    signs = tier_tokens(len(criterion.tier_values))
+    tiers = [None if r.text is None else parse_reasoned(r.text, signs) for r in replies]
+    return _median(criterion, tiers, replies)
+
+
+def read_all(criteria: Sequence[Criterion], replies: Sequence[TextReply]) -> list[Drawn]:
+    """One verdict a criterion of one-for-all replies, one reply a draw."""
+    signs = [tier_tokens(len(c.tier_values)) for c in criteria]
+    rows = [[None] * len(criteria) if r.text is None else parse_all(r.text, signs) for r in replies]
+    return [_median(c, [row[k] for row in rows], replies) for k, c in enumerate(criteria)]
+
+
+def _median(criterion: Criterion, tiers: Sequence[int | None], replies: Sequence[TextReply]) -> Drawn:
+    read = [tier for tier in tiers if tier is not None]
+    if 2 * len(read) <= len(tiers):  # a majority must be readable: one lucky draw in five is no judgement
+        error = next((r.error for r in replies if r.error is not None), None)
+        said = next((r.text for r in replies if r.text is not None), "")
+        return Drawn(None, reason=error or f"no verdict in the agreed form: {said[-80:]!r}")
+    counts = Counter(read).values()
+    entropy = -sum(n / len(read) * log(n / len(read)) for n in counts) + 0.0 if len(read) > 1 else None
+    return Drawn(float(statistics.median(criterion.tier_values[tier] for tier in read)), entropy)
+
+
+def _reference(due: Due) -> str | None:
+    return due.item.rubric.reference if due.criterion.needs_reference else None
+
+
+def _content(mode: Mode, template: Template, due: Due, *criteria: str) -> str:
+    item = due.item
+    return content_hash(mode, template.hash, item.rubric.hash, item.prompt, item.response, *criteria)
