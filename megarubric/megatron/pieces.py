@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarubric.megatron.families import ParamSource, Run, family_of
+from megarubric.megatron.families import ParamSource, family_of
 from megarubric.megatron.layout import ParallelLayout
 
 
@@ -47,15 +47,6 @@ class Piece:
         return tuple(s.stop - s.start for s in self.hf_index)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """This rank's tensor-parallel coordinates for one kind of parameter, and whether it is the first data replica."""
-
-    rank: int
-    size: int
-    first_replica: bool
-
-
 def model_pieces(models: Sequence[torch.nn.Module], hf_config: dict[str, Any], layout: ParallelLayout) -> list[Piece]:
     """All pieces of this rank, in a fixed order: model chunk by chunk, within it embedding, layers, final norm, head.
 
@@ -68,23 +59,19 @@ def model_pieces(models: Sequence[torch.nn.Module], hf_config: dict[str, Any], l
 
     family = family_of(hf_config, "config.json")
     manifest = family.manifest(hf_config)
-    dense = _Place(
-        parallel_state.get_tensor_model_parallel_rank(),
-        layout.tp,
-        parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
-    )
-    expert = _Place(
-        parallel_state.get_expert_tensor_parallel_rank(),
-        layout.etp,
-        parallel_state.get_expert_data_parallel_rank() == 0,
-    )
+    dense = parallel_state.get_tensor_model_parallel_rank(), layout.tp
+    expert = parallel_state.get_expert_tensor_parallel_rank(), layout.etp
+    first_dense = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    first_expert = parallel_state.get_expert_data_parallel_rank() == 0
     tied_copy = bool(hf_config.get("tie_word_embeddings", False)) and layout.pp > 1
     pieces: list[Piece] = []
     for name, param, key in _named_sources(models, hf_config):
         source = family.param_source(hf_config, *key)
-        place = expert if source.expert else dense
-        owned = place.first_replica and not (tied_copy and name == "output_layer.weight")
-        pieces += _cut(source, param, place, manifest, owned)
+        rank, size = expert if source.expert else dense
+        owned = first_expert if source.expert else first_dense
+        if tied_copy and name == "output_layer.weight":
+            owned = False
+        pieces += cut_parameter(source, param, manifest, rank, size, owned=owned)
     return pieces
 
 
@@ -126,49 +113,46 @@ def unwrap(model: torch.nn.Module) -> Any:
     return model
 
 
-def _cut(
-    source: ParamSource, param: Tensor, place: _Place, manifest: dict[str, tuple[int, ...]], owned: bool
-) -> Iterator[Piece]:
-    if source.split is None:
-        owned = owned and place.rank == 0  # replicated over tensor parallel ranks: the first one writes
+def cut_parameter(
+    source: ParamSource,
+    param: Tensor,
+    manifest: dict[str, tuple[int, ...]],
+    rank: int,
+    size: int,
+    *,
+    owned: bool,
+) -> list[Piece]:
+    """The pieces of one local parameter on tensor parallel rank `rank` of `size`.
+
+    `param` is that rank's share, rows padded up to a multiple of `size` where they do not divide. `owned` says whether
+    this is the replica that writes; of a parameter that tensor parallelism does not split, only rank 0's does. Raises
+    ValueError when the parameter's rows do not fit the source.
+    """
+    owned = owned and (source.split is not None or rank == 0)
+    pieces: list[Piece] = []
     top = 0  # local row where the part begins
     for part in source.parts:
         rows = sum(run.stop - run.start for run in part)
-        share = -(-rows // place.size) if source.split == "rows" else rows
-        first = place.rank * share if source.split == "rows" else 0  # row of the whole part where this rank's begin
+        share = -(-rows // size) if source.split == "rows" else rows
+        first = rank * share if source.split == "rows" else 0  # row of the whole part where this rank's begin
         position = 0
         for run in part:
             # Intersect the run, rows [position, position + length) of the part, with [first, first + share).
             length = run.stop - run.start
             low, high = max(position, first), min(position + length, first + share)
             if low < high:
-                yield _piece(
-                    run, low - position, high - position, top + low - first, param, source, place, manifest, owned
-                )
+                shape = manifest[run.name]
+                hf_index = [slice(run.start + low - position, run.start + high - position)]
+                local_index = [slice(top + low - first, top + high - first)]
+                if len(shape) == 2:
+                    width = shape[1] // size if source.split == "columns" else shape[1]
+                    column = rank * width if source.split == "columns" else 0
+                    hf_index.append(slice(column, column + width))
+                    local_index.append(slice(0, width))
+                pieces.append(Piece(run.name, shape, tuple(hf_index), param, tuple(local_index), owned))
             position += length
         top += share
     if top != param.shape[0]:
         name = source.parts[0][0].name
         raise ValueError(f"the parameter of {name} has {param.shape[0]} rows on this rank, its family says {top}")
-
-
-def _piece(
-    run: Run,
-    low: int,
-    high: int,
-    local_row: int,
-    param: Tensor,
-    source: ParamSource,
-    place: _Place,
-    manifest: dict[str, tuple[int, ...]],
-    owned: bool,
-) -> Piece:
-    shape = manifest[run.name]
-    hf_index = [slice(run.start + low, run.start + high)]
-    local_index = [slice(local_row, local_row + high - low)]
-    if len(shape) == 2:
-        width = shape[1] // place.size if source.split == "columns" else shape[1]
-        column = place.rank * width if source.split == "columns" else 0
-        hf_index.append(slice(column, column + width))
-        local_index.append(slice(0, width))
-    return Piece(run.name, shape, tuple(hf_index), param, tuple(local_index), owned)
+    return pieces

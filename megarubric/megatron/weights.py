@@ -51,14 +51,33 @@ def load_hf(models: Sequence[torch.nn.Module], directory: str | Path, layout: Pa
     Any of fp32, bf16 and fp16 is converted to the parameters' dtype on the way. Raises BadInput naming file and tensor
     when one is missing, unexpected, of another shape or a dtype that is not a plain float, or a file is cut short.
     """
-    hf, where = read_config(directory)
-    tensors = checkpoint_tensors(directory)
-    _check(tensors, family_of(hf, where).manifest(hf), hf, Path(directory))
+    hf, tensors = open_checkpoint(directory)
     with _Files() as files, torch.no_grad():
         for piece in model_pieces(models, hf, layout):
             info = tensors[piece.hf_name]
             _read(files.open(info.path, os.O_RDONLY), info, piece.hf_index, piece.local)
     return hf
+
+
+def open_checkpoint(directory: str | Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """The config.json of a checkpoint directory and the places of its tensors, checked against each other.
+
+    Reads headers only. Raises BadInput as `load_hf` does.
+    """
+    hf, where = read_config(directory)
+    tensors = checkpoint_tensors(directory)
+    manifest = family_of(hf, where).manifest(hf)
+    for name, shape in manifest.items():
+        if name not in tensors:
+            raise BadInput(directory, name, "is missing from the checkpoint")
+        if tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            raise BadInput(tensors[name].path, name, f"has shape {found}, config.json asks for {list(shape)}")
+    # Some writers repeat a tied embedding under the head's name; it is the same tensor.
+    allowed = {"lm_head.weight"} if hf.get("tie_word_embeddings", False) else set()
+    for name in sorted(tensors.keys() - manifest.keys() - allowed):
+        raise BadInput(tensors[name].path, name, "is unexpected: the model of config.json has no such tensor")
+    return hf, tensors
 
 
 def checkpoint_tensors(directory: str | Path) -> dict[str, TensorInfo]:
@@ -97,7 +116,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
-            if 8 + length + end > size:
+            if begin < 0 or 8 + length + end > size:
                 raise BadInput(path, name, "is cut short: the file ends before the tensor does")
             if entry["dtype"] not in _DTYPES:
                 raise BadInput(path, name, f"has dtype {entry['dtype']}; only {', '.join(_DTYPES)} can be loaded")
@@ -110,21 +129,6 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         raise BadInput(path, None, error.strerror or str(error)) from None
     except (ValueError, KeyError, TypeError, AttributeError, struct.error):
         raise BadInput(path, None, "is not a safetensors file") from None
-
-
-def _check(
-    tensors: dict[str, TensorInfo], manifest: dict[str, tuple[int, ...]], hf: dict[str, Any], directory: Path
-) -> None:
-    for name, shape in manifest.items():
-        if name not in tensors:
-            raise BadInput(directory, name, "is missing from the checkpoint")
-        if tensors[name].shape != shape:
-            found = list(tensors[name].shape)
-            raise BadInput(tensors[name].path, name, f"has shape {found}, config.json asks for {list(shape)}")
-    for name in tensors:
-        # Some writers repeat a tied embedding under the head's name; it is the same tensor.
-        if name not in manifest and not (name == "lm_head.weight" and hf.get("tie_word_embeddings", False)):
-            raise BadInput(tensors[name].path, name, "is unexpected: the model of config.json has no such tensor")
 
 
 def init_weights(
