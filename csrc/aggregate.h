@@ -11,6 +11,7 @@ constexpr float kMasked = -2.0f;
 constexpr float kJudgedAbove = -1.0f;
 constexpr float kLowestScore = -1e-6f;
 constexpr float kHighestScore = 1.000001f;
+constexpr int32_t kHighestBits = 0x3f800008;  // of kHighestScore
 
 struct Reward {
   Float reward, r0, r1;
@@ -22,9 +23,9 @@ struct Reward {
 
 MR_INLINE Float pair_phi(const PairRecord& pair, Float x, Float y) {
   if (pair.kind == kProduct) return x * y;
-  if (pair.kind == kMin) return select(x < y, x, y);
+  if (pair.kind == kMin) return minimum(x, y);
   const Float phi = x - y;
-  return select(phi < 0.0f, -phi, phi);
+  return select(greater(splat(0.0f), phi), -phi, phi);
 }
 
 // `tile` gives access to the criterion's row of scores: tile.score(k) reads s, tile.set(k, g) and tile.get(k) keep g.
@@ -39,10 +40,10 @@ MR_INLINE Reward aggregate_lanes(const RubricRecord& rubric, const CriterionReco
   for (int k = 0; k < rubric.n_criteria; ++k) {
     const CriterionRecord c = criteria[k];
     const Float s = tile.score(k);
-    const Mask judged = s > kJudgedAbove;
+    const Mask judged = greater(s, splat(kJudgedAbove));
     Float g = s;
     if (c.flags & kSaturates) {
-      g = select(s > c.theta, c.theta + c.span * one_minus_exp((s - c.theta) * c.rate), s);
+      g = select(greater(s, splat(c.theta)), c.theta + c.span * one_minus_exp((s - c.theta) * c.rate), s);
     }
     tile.set(k, g);
     numerator = numerator + select(judged, c.weight * g, zero);
@@ -52,7 +53,7 @@ MR_INLINE Reward aggregate_lanes(const RubricRecord& rubric, const CriterionReco
       if (c.weight < 0.0f) pitfall = either(pitfall, judged);
     }
     if (c.flags & kVeto) {
-      const Mask over = s >= c.tau;
+      const Mask over = at_least(s, splat(c.tau));
       Mask fails = both(judged, (c.flags & kFailsHigh) ? over : negate(over));
       if (rubric.flags & kMissingVetoFails) fails = either(fails, negate(judged));
       if (rubric.flags & kMissingVetoUnscores) missing = either(missing, negate(judged));
@@ -65,7 +66,7 @@ MR_INLINE Reward aggregate_lanes(const RubricRecord& rubric, const CriterionReco
   for (int j = 0; j < rubric.n_pairs; ++j) {
     const PairRecord pair = pairs[j];
     const Float x = tile.get(pair.a), y = tile.get(pair.b);
-    const Mask judged = both(x > kJudgedAbove, y > kJudgedAbove);
+    const Mask judged = both(greater(x, splat(kJudgedAbove)), greater(y, splat(kJudgedAbove)));
     const Float phi = pair_phi(pair, x, y);
     pair_numerator = pair_numerator + select(judged, pair.weight * phi, zero);
     pair_denominator = pair_denominator + select(judged, splat(pair.ceiling_weight), zero);
@@ -73,7 +74,7 @@ MR_INLINE Reward aggregate_lanes(const RubricRecord& rubric, const CriterionReco
 
   Reward out;
   const Float total = denominator + pair_denominator;
-  Mask scored = total > 0.0f;
+  Mask scored = greater(total, zero);
   out.r0 = clip01((numerator + pair_numerator) / total);
   out.divisor = out.pair_divisor = select(scored, total, zero);
   if (rubric.flags & kHasPitfall) {
@@ -85,7 +86,7 @@ MR_INLINE Reward aggregate_lanes(const RubricRecord& rubric, const CriterionReco
   out.r1 = out.r0;
   if (rubric.flags & kShaped) {
     Float t = (out.r0 - rubric.kappa) / (1.0f - rubric.kappa);
-    t = select(t > 0.0f, t, zero);
+    t = maximum(t, zero);
     out.r1 = (out.r0 + rubric.gain * power(t, rubric.power)) / (1.0f + rubric.gain);
   }
   out.r0 = select(scored, out.r0, quiet_nan());
@@ -99,7 +100,7 @@ MR_INLINE Reward aggregate_lanes(const RubricRecord& rubric, const CriterionReco
 
 // Share of one criterion or pair: weight * value / divisor, 0 where masked or unscored, never -0.
 MR_INLINE Float attribution_share(Float weighted, Mask judged, Float divisor) {
-  return select(both(judged, divisor > 0.0f), weighted / divisor + 0.0f, splat(0.0f));
+  return select(both(judged, greater(divisor, splat(0.0f))), weighted / divisor + 0.0f, splat(0.0f));
 }
 
 }  // namespace megarubric

@@ -1,12 +1,13 @@
-// Aggregation on CPU: sixteen samples of one rubric at a time, one sample per vector lane.
+// Aggregation on CPU: a register's worth of samples of one rubric at a time, one sample per lane (16 with AVX-512).
 //
 // Scores lie sample by sample in memory and the equations run criterion by criterion, so a group's rows are transposed
-// into a [criteria][16] tile first; masks and range checks are applied to rows on the way. Lanes never mix: a sample's
-// bits do not depend on its neighbours, on the batch's split over threads or on the instruction set.
+// into a [criteria][lanes] tile first; masks and range checks are applied to rows on the way. Lanes never mix: a
+// sample's bits do not depend on its neighbours, on the batch's split over threads or on the instruction set.
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
-#include <vector>
+#include <new>
 
 #include "aggregate.h"
 #include "isa.h"
@@ -16,8 +17,6 @@ namespace megarubric {
 namespace MEGARUBRIC_ISA {
 namespace {
 
-typedef float Float4 __attribute__((vector_size(16)));
-typedef uint8_t Byte16 __attribute__((vector_size(16)));
 
 constexpr int64_t kChunk = 1024;  // samples between decisions about grouping
 
@@ -33,132 +32,172 @@ MR_INLINE void store(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-MR_INLINE bool any(Mask m) {
+// A square of lanes: row j holds columns of lane j; afterwards row c holds column c of all lanes.
+MR_INLINE void transpose(Float (&r)[kLanes]) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
-#else
-  typedef int64_t L8 __attribute__((vector_size(64)));
-  const L8 w = (L8)m;
-  return ((w[0] | w[1]) | (w[2] | w[3]) | (w[4] | w[5]) | (w[6] | w[7])) != 0;
-#endif
-}
-
-// rows: 16 vectors, row j holds 16 columns of lane j. out: 16 vectors, row c holds column c of all lanes.
-MR_INLINE void transpose16(const float* rows, float* out) {
-#if defined(__AVX512F__)
-  __m512 r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(rows + 16 * i);
+  __m512 t[16];
   for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i] = _mm512_unpacklo_ps((__m512)r[2 * i], (__m512)r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps((__m512)r[2 * i], (__m512)r[2 * i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = (Float)_mm512_unpacklo_pd((__m512d)t[i], (__m512d)t[i + 2]);
+    r[i + 1] = (Float)_mm512_unpackhi_pd((__m512d)t[i], (__m512d)t[i + 2]);
+    r[i + 2] = (Float)_mm512_unpacklo_pd((__m512d)t[i + 1], (__m512d)t[i + 3]);
+    r[i + 3] = (Float)_mm512_unpackhi_pd((__m512d)t[i + 1], (__m512d)t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {  // 128-bit part q of r[4b + i]: column 4q + i of lanes 4b..4b+3
+    const __m512 a = (__m512)r[i], b = (__m512)r[4 + i], c = (__m512)r[8 + i], d = (__m512)r[12 + i];
+    t[i] = _mm512_shuffle_f32x4(a, b, 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    t[8 + i] = _mm512_shuffle_f32x4(c, d, 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(c, d, 0xdd);
   }
   for (int i = 0; i < 4; ++i) {
-    r[4 * i + 0] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[4 * i]), _mm512_castps_pd(t[4 * i + 2])));
-    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[4 * i]), _mm512_castps_pd(t[4 * i + 2])));
-    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[4 * i + 1]), _mm512_castps_pd(t[4 * i + 3])));
-    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[4 * i + 1]), _mm512_castps_pd(t[4 * i + 3])));
+    r[i] = (Float)_mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    r[4 + i] = (Float)_mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+    r[8 + i] = (Float)_mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+    r[12 + i] = (Float)_mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
   }
-  for (int i = 0; i < 4; ++i) {  // r[4b + i], 128-bit part q: column 4q + i of lanes 4b..4b+3
-    const __m512 x = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88), y = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
-    const __m512 z = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd), w = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
-    _mm512_storeu_ps(out + 16 * i, _mm512_shuffle_f32x4(x, y, 0x88));
-    _mm512_storeu_ps(out + 16 * (8 + i), _mm512_shuffle_f32x4(x, y, 0xdd));
-    _mm512_storeu_ps(out + 16 * (4 + i), _mm512_shuffle_f32x4(z, w, 0x88));
-    _mm512_storeu_ps(out + 16 * (12 + i), _mm512_shuffle_f32x4(z, w, 0xdd));
+#elif defined(__AVX2__)
+  __m256 t[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = (Float)_mm256_unpacklo_pd((__m256d)t[i], (__m256d)t[i + 2]);
+    r[i + 1] = (Float)_mm256_unpackhi_pd((__m256d)t[i], (__m256d)t[i + 2]);
+    r[i + 2] = (Float)_mm256_unpacklo_pd((__m256d)t[i + 1], (__m256d)t[i + 3]);
+    r[i + 3] = (Float)_mm256_unpackhi_pd((__m256d)t[i + 1], (__m256d)t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m256 low = (__m256)r[i], high = (__m256)r[4 + i];
+    r[i] = (Float)_mm256_permute2f128_ps(low, high, 0x20);
+    r[4 + i] = (Float)_mm256_permute2f128_ps(low, high, 0x31);
   }
 #else
-  for (int j = 0; j < 16; j += 4) {
-    for (int c = 0; c < 16; c += 4) {
-      const Float4 a = load<Float4>(rows + 16 * j + c), b = load<Float4>(rows + 16 * (j + 1) + c);
-      const Float4 d = load<Float4>(rows + 16 * (j + 2) + c), e = load<Float4>(rows + 16 * (j + 3) + c);
-      const Float4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Float4 de_low = __builtin_shufflevector(d, e, 0, 4, 1, 5), de_high = __builtin_shufflevector(d, e, 2, 6, 3, 7);
-      store(out + 16 * c + j, __builtin_shufflevector(ab_low, de_low, 0, 1, 4, 5));
-      store(out + 16 * (c + 1) + j, __builtin_shufflevector(ab_low, de_low, 2, 3, 6, 7));
-      store(out + 16 * (c + 2) + j, __builtin_shufflevector(ab_high, de_high, 0, 1, 4, 5));
-      store(out + 16 * (c + 3) + j, __builtin_shufflevector(ab_high, de_high, 2, 3, 6, 7));
-    }
-  }
+  const Float a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+  const Float c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
 #endif
 }
 
-// Two [criteria][16] arrays: raw scores (kept for the next table of a sweep) and saturated ones.
+// Two [criteria][lanes] arrays: raw scores (kept for the next table of a sweep) and saturated ones.
 struct Tile {
   const float* s;
   float* g;
-  MR_INLINE Float score(int k) const { return load<Float>(s + 16 * k); }
-  MR_INLINE void set(int k, Float x) const { store(g + 16 * k, x); }
-  MR_INLINE Float get(int k) const { return load<Float>(g + 16 * k); }
+  MR_INLINE Float score(int k) const { return load<Float>(s + kLanes * k); }
+  MR_INLINE void set(int k, Float x) const { store(g + kLanes * k, x); }
+  MR_INLINE Float get(int k) const { return load<Float>(g + kLanes * k); }
+};
+
+// Grows to the largest rubric once per thread. No std::vector: its code would be shared between the instruction sets.
+struct Scratch {
+  float* data = nullptr;
+  size_t size = 0;
+  ~Scratch() { std::free(data); }
+  float* at_least(size_t floats) {
+    if (floats > size) {
+      std::free(data);
+      data = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
+      size = data != nullptr ? floats : 0;
+      if (data == nullptr) throw std::bad_alloc();
+    }
+    return data;
+  }
 };
 
 struct Worker {
   const AggregateArgs& args;
   const RubricRecord* rubrics;
-  std::vector<float>& scratch;
   int64_t bad_score = kNothingBad;
   int64_t bad_sample = kNothingBad;
   float* s;
   float* g;
 
-  Worker(const AggregateArgs& a, std::vector<float>& memory) : args(a), scratch(memory) {
+  Worker(const AggregateArgs& a, Scratch& scratch) : args(a) {
     const auto* header = reinterpret_cast<const TableHeader*>(args.table);
     rubrics = reinterpret_cast<const RubricRecord*>(header + 1);
-    // Criteria are padded to whole blocks of 16; +16 floats to align by hand.
-    const size_t rows = (static_cast<size_t>(header->max_criteria) + 15) / 16 * 16;
-    scratch.resize(2 * rows * 16 + 16);
-    auto address = reinterpret_cast<uintptr_t>(scratch.data());
-    s = reinterpret_cast<float*>((address + 63) / 64 * 64);
-    g = s + rows * 16;
+    // Criteria are padded to whole blocks.
+    const size_t rows = (static_cast<size_t>(header->max_criteria) + kLanes - 1) / kLanes * kLanes;
+    s = scratch.at_least(2 * rows * kLanes);
+    g = s + rows * kLanes;
   }
 
-  // Rows of up to 16 samples into `s`, masked or bad scores as kMasked. Returns lanes with a bad score, as bits.
-  uint32_t load_tile(const int64_t* lanes, int live, int n_criteria) {
+  // One register of the row at `at`, of which `width` columns belong to it, and which of them are judged. Reading past
+  // the row is fine, reading past the array is not (kWhole: it cannot happen here).
+  template <bool kWhole>
+  MR_INLINE Float load_row(int64_t at, int width, Mask& judged) const {
+    if (kWhole) {
+      if (args.mask != nullptr) judged = both(judged, nonzero(load<Bytes>(args.mask + at)));
+      return load<Float>(args.scores + at);
+    }
+    float padded[kLanes] = {};
+    std::memcpy(padded, args.scores + at, sizeof(float) * width);
+    if (args.mask != nullptr) {
+      uint8_t bytes[kLanes] = {};
+      std::memcpy(bytes, args.mask + at, width);
+      judged = both(judged, nonzero(load<Bytes>(bytes)));
+    }
+    return load<Float>(padded);
+  }
+
+  // Rows at `at` into `s`, kMasked where masked or unusable. Returns the lanes with an unusable score, as bits.
+  uint32_t load_tile(const int64_t* at, int live, int n_criteria) {
     uint32_t bad_lanes = 0;
-    const Int column = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    alignas(64) float rows[256];
-    for (int first = 0; first < n_criteria; first += 16) {
-      const Mask used = column < (n_criteria - first);
-      for (int j = 0; j < 16; ++j) {
-        const int64_t at = args.offsets[lanes[j]] + first;
-        const bool inside = at + 16 <= args.nnz;  // reading past the row is fine, past the array it is not
-        const int width = inside ? 16 : n_criteria - first;
-        alignas(64) float padded[16];
-        const float* source = args.scores + at;
-        if (__builtin_expect(!inside, 0)) {
-          std::memset(padded, 0, sizeof padded);
-          std::memcpy(padded, source, sizeof(float) * std::min(width, 16));
-          source = padded;
-        }
-        const Float value = load<Float>(source);
+    Int column;
+    for (int c = 0; c < kLanes; ++c) column[c] = c;
+    for (int first = 0; first < n_criteria; first += kLanes) {
+      const int width = std::min(kLanes, n_criteria - first);
+      const Mask used = nonzero(column < splat_int(width));
+      const bool whole = at[live - 1] + first + kLanes <= args.nnz;  // lanes are in ascending order
+      Float rows[kLanes];
+      // As unsigned integers the bits of floats in [0, highest] lie at or below highest's; NaN, infinity and anything
+      // negative lie above. Seldom is one above, and then scores are looked at one by one.
+      Unsigned top = {};
+      for (int j = 0; j < kLanes; ++j) {
         Mask judged = used;
-        if (args.mask != nullptr) {
-          uint8_t bytes[16] = {};
-          if (__builtin_expect(inside, 1)) {
-            std::memcpy(bytes, args.mask + at, 16);
-          } else {
-            std::memcpy(bytes, args.mask + at, std::min(width, 16));
-          }
-          judged &= __builtin_convertvector(load<Byte16>(bytes), Int) != 0;
-        }
-        const Mask good = (value >= kLowestScore) & (value <= kHighestScore);  // false for NaN
-        store(rows + 16 * j, select(both(judged, good), value, splat(kMasked)));
-        const Mask bad = both(judged, negate(good));
-        if (__builtin_expect(any(bad), 0) && j < live) {
-          bad_lanes |= 1u << j;
-          for (int c = 0; c < 16; ++c) {
-            if (bad[c]) bad_score = std::min(bad_score, at + c);
-          }
-        }
+        const Float value = __builtin_expect(whole, 1) ? load_row<true>(at[j] + first, width, judged)
+                                                       : load_row<false>(at[j] + first, width, judged);
+        const Unsigned bits = (Unsigned)select(judged, (Int)value, splat_int(0));
+        top = bits > top ? bits : top;
+        rows[j] = select(judged, value, splat(kMasked));
       }
-      transpose16(rows, s + 16 * first);
+      if (__builtin_expect(any(nonzero((Int)(top > (uint32_t)kHighestBits))), 0)) {
+        bad_lanes |= inspect(at, live, first, width, rows);
+      }
+      transpose(rows);
+      for (int c = 0; c < kLanes; ++c) store(s + kLanes * (first + c), rows[c]);
     }
     return bad_lanes;
   }
 
-  // `lanes`: 16 sample indices of one rubric; entries from `live` on repeat the first and are not written.
-  void samples(const int64_t* lanes, int live, const RubricRecord& shape, int32_t rubric_index) {
-    const uint32_t bad_lanes = load_tile(lanes, live, shape.n_criteria);
-    const bool dense = live == 16 && lanes[15] - lanes[0] == 15;  // lanes are in ascending order
+  // Finds unusable scores among `rows`, notes the first and masks them.
+  __attribute__((noinline)) uint32_t inspect(const int64_t* at, int live, int first, int width, Float* rows) {
+    uint32_t bad_lanes = 0;
+    for (int j = 0; j < kLanes; ++j) {
+      for (int c = 0; c < width; ++c) {
+        const float score = rows[j][c];
+        if (score == kMasked && args.mask != nullptr && !args.mask[at[j] + first + c]) continue;
+        if (score >= kLowestScore && score <= kHighestScore) continue;
+        rows[j][c] = kMasked;
+        if (j >= live) continue;  // repeats lane 0
+        bad_lanes |= 1u << j;
+        bad_score = std::min(bad_score, at[j] + first + c);
+      }
+    }
+    return bad_lanes;
+  }
+
+  // `lanes`: kLanes ascending sample indices of one rubric, `at` where their rows begin; entries from `live` on repeat
+  // the first and are not written.
+  void samples(const int64_t* lanes, const int64_t* at, int live, const RubricRecord& shape, int32_t rubric_index) {
+    const uint32_t bad_lanes = load_tile(at, live, shape.n_criteria);
+    const bool dense = live == kLanes && lanes[kLanes - 1] - lanes[0] == kLanes - 1;
     for (int32_t p = 0; p < args.n_tables; ++p) {
       const int32_t* table = args.table + p * args.table_words;
       const auto* header = reinterpret_cast<const TableHeader*>(table);
@@ -166,18 +205,7 @@ struct Worker {
       const auto* criteria = reinterpret_cast<const CriterionRecord*>(table + rubric.criteria);
       const auto* pairs = reinterpret_cast<const PairRecord*>(table + rubric.pairs);
       Reward out = aggregate_lanes(rubric, criteria, pairs, Tile{s, g});
-      if (__builtin_expect(bad_lanes != 0, 0)) {
-        const Int bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-        const Mask spoiled = (bit & static_cast<int32_t>(bad_lanes)) != 0;
-        out.valid &= ~spoiled;
-        out.vetoed &= ~spoiled;
-        out.veto = select(spoiled, splat_int(-1), out.veto);
-        out.reward = select(spoiled, quiet_nan(), out.reward);
-        out.r0 = select(spoiled, quiet_nan(), out.r0);
-        out.r1 = select(spoiled, quiet_nan(), out.r1);
-        out.divisor = select(spoiled, splat(0.0f), out.divisor);
-        out.pair_divisor = select(spoiled, splat(0.0f), out.pair_divisor);
-      }
+      if (__builtin_expect(bad_lanes != 0, 0)) spoil_lanes(out, bad_lanes);
       write(args.reward + p * args.n, out.reward, lanes, live, dense);
       if (args.n_tables > 1) continue;
       write(args.r0, out.r0, lanes, live, dense);
@@ -189,6 +217,20 @@ struct Worker {
     }
   }
 
+  static void spoil_lanes(Reward& out, uint32_t bad_lanes) {
+    Int bits;
+    for (int j = 0; j < kLanes; ++j) bits[j] = (bad_lanes >> j) & 1;
+    const Mask spoiled = nonzero(bits);
+    out.valid = both(out.valid, negate(spoiled));
+    out.vetoed = both(out.vetoed, negate(spoiled));
+    out.veto = select(spoiled, splat_int(-1), out.veto);
+    out.reward = select(spoiled, quiet_nan(), out.reward);
+    out.r0 = select(spoiled, quiet_nan(), out.r0);
+    out.r1 = select(spoiled, quiet_nan(), out.r1);
+    out.divisor = select(spoiled, splat(0.0f), out.divisor);
+    out.pair_divisor = select(spoiled, splat(0.0f), out.pair_divisor);
+  }
+
   template <class T, class V>
   MR_INLINE void write(T* to, V value, const int64_t* lanes, int live, bool dense) {
     if (to == nullptr) return;
@@ -196,14 +238,12 @@ struct Worker {
       store(to + lanes[0], value);
       return;
     }
-    T each[16];
-    store(each, value);
-    for (int j = 0; j < live; ++j) to[lanes[j]] = each[j];
+    for (int j = 0; j < live; ++j) to[lanes[j]] = value[j];
   }
 
   MR_INLINE void write_flags(uint8_t* to, Mask flags, const int64_t* lanes, int live, bool dense) {
     if (to == nullptr) return;
-    const Byte16 bytes = __builtin_convertvector(flags & 1, Byte16);
+    const Bytes bytes = __builtin_convertvector(select(flags, splat_int(1), splat_int(0)), Bytes);
     if (dense) {
       store(to + lanes[0], bytes);
       return;
@@ -211,36 +251,40 @@ struct Worker {
     for (int j = 0; j < live; ++j) to[lanes[j]] = bytes[j];
   }
 
-  // Shares replace the saturated scores in `g`'s place and leave through a second transposition.
+  // Shares leave lane by lane through a second transposition.
   void attribute(const RubricRecord& rubric, const CriterionRecord* criteria, const PairRecord* pairs, const Reward& out,
                  const int64_t* lanes, int live) {
-    alignas(64) float block[256], turned[256];
-    for (int first = 0; first < rubric.n_pairs; first += 16) {
-      const int width = std::min(16, rubric.n_pairs - first);
-      for (int j = 0; j < width; ++j) {
+    Float block[kLanes];
+    for (int first = 0; first < rubric.n_pairs; first += kLanes) {
+      const int width = std::min(kLanes, rubric.n_pairs - first);
+      for (int j = 0; j < kLanes; ++j) {
+        block[j] = splat(0.0f);
+        if (j >= width) continue;
         const PairRecord& pair = pairs[first + j];
-        const Float x = load<Float>(g + 16 * pair.a), y = load<Float>(g + 16 * pair.b);
-        const Mask judged = both(x > kJudgedAbove, y > kJudgedAbove);
-        store(block + 16 * j, attribution_share(pair.weight * pair_phi(pair, x, y), judged, out.pair_divisor));
+        const Float x = load<Float>(g + kLanes * pair.a), y = load<Float>(g + kLanes * pair.b);
+        const Mask judged = both(greater(x, splat(kJudgedAbove)), greater(y, splat(kJudgedAbove)));
+        block[j] = attribution_share(pair.weight * pair_phi(pair, x, y), judged, out.pair_divisor);
       }
-      transpose16(block, turned);
+      transpose(block);
       for (int j = 0; j < live; ++j) {
-        std::memcpy(args.pair_attribution + lanes[j] * args.max_pairs + first, turned + 16 * j, sizeof(float) * width);
+        std::memcpy(args.pair_attribution + lanes[j] * args.max_pairs + first, &block[j], sizeof(float) * width);
       }
     }
     for (int j = 0; j < live; ++j) {
       float* row = args.pair_attribution + lanes[j] * args.max_pairs;
       std::fill(row + rubric.n_pairs, row + args.max_pairs, 0.0f);
     }
-    for (int first = 0; first < rubric.n_criteria; first += 16) {
-      const int width = std::min(16, rubric.n_criteria - first);
-      for (int k = 0; k < width; ++k) {
-        const Float x = load<Float>(g + 16 * (first + k));
-        store(block + 16 * k, attribution_share(criteria[first + k].weight * x, x > kJudgedAbove, out.divisor));
+    for (int first = 0; first < rubric.n_criteria; first += kLanes) {
+      const int width = std::min(kLanes, rubric.n_criteria - first);
+      for (int k = 0; k < kLanes; ++k) {
+        block[k] = splat(0.0f);
+        if (k >= width) continue;
+        const Float x = load<Float>(g + kLanes * (first + k));
+        block[k] = attribution_share(criteria[first + k].weight * x, greater(x, splat(kJudgedAbove)), out.divisor);
       }
-      transpose16(block, turned);
+      transpose(block);
       for (int j = 0; j < live; ++j) {
-        std::memcpy(args.attribution + args.offsets[lanes[j]] + first, turned + 16 * j, sizeof(float) * width);
+        std::memcpy(args.attribution + args.offsets[lanes[j]] + first, &block[j], sizeof(float) * width);
       }
     }
   }
@@ -260,22 +304,56 @@ struct Worker {
     if (begin >= 0 && end <= args.nnz && begin < end) std::fill(args.attribution + begin, args.attribution + end, 0.0f);
   }
 
-  bool fits(int64_t i, int32_t n_rubrics) const {
+  bool fits(int64_t i) const {
+    const int32_t n_rubrics = reinterpret_cast<const TableHeader*>(args.table)->n_rubrics;
     const int32_t rubric = args.rubric[i];
     if (rubric < 0 || rubric >= n_rubrics) return false;
     const int64_t begin = args.offsets[i], end = args.offsets[i + 1];
     return begin >= 0 && end <= args.nnz && end - begin == rubrics[rubric].n_criteria;
   }
 
-  // Samples [begin, end), at most kChunk of them. Neighbours with one rubric are taken as they lie; where runs are
-  // short, the chunk is sorted by rubric first so that lanes are not left empty.
+  // Samples [begin, end), at most kChunk of them.
   void chunk(int64_t begin, int64_t end) {
-    const int32_t n_rubrics = reinterpret_cast<const TableHeader*>(args.table)->n_rubrics;
+    if (!uniform(begin, end)) {
+      ragged(begin, end);
+      return;
+    }
+    const int32_t rubric = args.rubric[begin];
+    const int64_t width = rubrics[rubric].n_criteria;
+    int64_t lanes[kLanes], at[kLanes];
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int live = static_cast<int>(std::min<int64_t>(kLanes, end - i));
+      for (int j = 0; j < kLanes; ++j) {
+        lanes[j] = i + (j < live ? j : 0);
+        at[j] = args.offsets[begin] + (lanes[j] - begin) * width;
+      }
+      samples(lanes, at, live, rubrics[rubric], rubric);
+    }
+  }
+
+  // Whether all samples have one rubric and lie back to back: a score matrix, not a ragged batch.
+  bool uniform(int64_t begin, int64_t end) const {
+    if (!fits(begin)) return false;
+    const int32_t rubric = args.rubric[begin];
+    const int64_t first = args.offsets[begin], width = rubrics[rubric].n_criteria;
+    if (args.offsets[end] > args.nnz) return false;
+    int32_t other = 0;
+    int64_t astray = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      other |= args.rubric[i] ^ rubric;
+      astray |= args.offsets[i + 1] ^ (first + (i + 1 - begin) * width);
+    }
+    return (other | astray) == 0;
+  }
+
+  // Neighbours with one rubric are taken as they lie; where runs are short, the chunk is sorted by rubric first so that
+  // lanes are not left empty.
+  void ragged(int64_t begin, int64_t end) {
     int64_t order[kChunk];
     int count = 0, runs = 0;
     int32_t last = -1;
     for (int64_t i = begin; i < end; ++i) {
-      if (!fits(i, n_rubrics)) {
+      if (!fits(i)) {
         spoil(i);
         continue;
       }
@@ -288,13 +366,14 @@ struct Worker {
         return args.rubric[x] != args.rubric[y] ? args.rubric[x] < args.rubric[y] : x < y;
       });
     }
-    int64_t lanes[16];
-    for (int at = 0; at < count;) {
-      const int32_t rubric = args.rubric[order[at]];
+    int64_t lanes[kLanes], at[kLanes];
+    for (int next = 0; next < count;) {
+      const int32_t rubric = args.rubric[order[next]];
       int live = 0;
-      while (live < 16 && at < count && args.rubric[order[at]] == rubric) lanes[live++] = order[at++];
-      for (int j = live; j < 16; ++j) lanes[j] = lanes[0];
-      samples(lanes, live, rubrics[rubric], rubric);
+      while (live < kLanes && next < count && args.rubric[order[next]] == rubric) lanes[live++] = order[next++];
+      for (int j = live; j < kLanes; ++j) lanes[j] = lanes[0];
+      for (int j = 0; j < kLanes; ++j) at[j] = args.offsets[lanes[j]];
+      samples(lanes, at, live, rubrics[rubric], rubric);
     }
   }
 };
@@ -310,8 +389,8 @@ void lower(std::atomic<int64_t>& target, int64_t value) {
 void aggregate(const AggregateArgs& args, const ParallelFor& parallel_for) {
   std::atomic<int64_t> bad_score{kNothingBad}, bad_sample{kNothingBad};
   parallel_for(args.n, 2 * kChunk, [&](int64_t begin, int64_t end) {
-    thread_local std::vector<float> memory;  // grows to the largest rubric once per thread
-    Worker worker(args, memory);
+    thread_local Scratch scratch;
+    Worker worker(args, scratch);
     for (int64_t at = begin; at < end; at += kChunk) worker.chunk(at, std::min(end, at + kChunk));
     lower(bad_score, worker.bad_score);
     lower(bad_sample, worker.bad_sample);

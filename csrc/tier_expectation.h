@@ -6,21 +6,20 @@
 
 namespace megarubric {
 
-MR_INLINE double tier_probability(double logprob) {
+// Lane 0 of the shared functions.
+MR_INLINE double lane0(Double x) {
 #if defined(__CUDACC__) || defined(MEGARUBRIC_SCALAR_LANES)
-  return logprob < -700.0 ? 0.0 : exp64<double, int64_t>(logprob);
+  return x;
 #else
-  return logprob < -700.0 ? 0.0 : exp64<Double8, Long8>(Double8{} + logprob)[0];
+  return x[0];
 #endif
 }
 
-MR_INLINE double tier_log(double x) {
-#if defined(__CUDACC__) || defined(MEGARUBRIC_SCALAR_LANES)
-  return log64<double, int64_t>(x);
-#else
-  return log64<Double8, Long8>(Double8{} + x)[0];
-#endif
+MR_INLINE double tier_probability(double logprob) {
+  return logprob < -700.0 ? 0.0 : lane0(exp64(splat_double(logprob)));
 }
+
+MR_INLINE double tier_log(double x) { return lane0(log64(splat_double(x))); }
 
 // `logprob(t)` is the unrestricted log-probability of tier t, -inf allowed.
 template <class Logprob>
@@ -52,17 +51,6 @@ MR_INLINE void read_tiers(const TierArgs& a, int64_t row, Logprob logprob) {
   a.entropy[row] = (float)entropy;
   a.mass[row] = broken ? (float)nan : (float)mass;
   a.read[row] = !dead && mass >= a.min_mass;
-}
-
-MR_INLINE float bfloat16_to_float(uint16_t bits) {
-#if defined(__CUDACC__) || defined(MEGARUBRIC_SCALAR_LANES)
-  return bits_float((int32_t)((uint32_t)bits << 16));
-#else
-  const uint32_t word = (uint32_t)bits << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-#endif
 }
 
 }  // namespace megarubric

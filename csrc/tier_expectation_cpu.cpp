@@ -1,6 +1,5 @@
 // Tier expectation on CPU. A row of logits is read twice (maximum, then the sum of exponentials): a row of a 152k
 // vocabulary fits the second-level cache, so memory sees it once.
-#include <algorithm>
 #include <cstring>
 
 #include "isa.h"
@@ -10,11 +9,23 @@ namespace megarubric {
 namespace MEGARUBRIC_ISA {
 namespace {
 
-typedef uint16_t Half16 __attribute__((vector_size(32)));
+constexpr int kSums = 16;                     // partial sums of a row, whatever the register's width
+constexpr int kRegisters = kSums / kLanes;
+constexpr int64_t kBlock = 64 * kSums;        // terms added in float32 before float64 takes over
+typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
 
-MR_INLINE Float load16(const void* row, int64_t at, bool bfloat16) {
-  if (bfloat16) {
-    Half16 half;
+MR_INLINE float load1(const void* row, int64_t at, bool bfloat16) {
+  if (!bfloat16) return static_cast<const float*>(row)[at];
+  const uint32_t word = static_cast<uint32_t>(static_cast<const uint16_t*>(row)[at]) << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+template <bool kBfloat16>
+MR_INLINE Float load(const void* row, int64_t at) {
+  if (kBfloat16) {
+    Half half;
     std::memcpy(&half, static_cast<const uint16_t*>(row) + at, sizeof half);
     return bits_float(__builtin_convertvector(half, Int) << 16);
   }
@@ -23,40 +34,35 @@ MR_INLINE Float load16(const void* row, int64_t at, bool bfloat16) {
   return value;
 }
 
-MR_INLINE float load1(const void* row, int64_t at, bool bfloat16) {
-  return bfloat16 ? bfloat16_to_float(static_cast<const uint16_t*>(row)[at]) : static_cast<const float*>(row)[at];
-}
-
-// log sum exp of one row: 16 lanes, float32 within 64 terms, float64 beyond, lanes added in order.
+// log sum exp of one row. Term t is added to partial sum t % 16; the partial sums are added in order.
 template <bool kBfloat16>
 double log_normaliser(const void* row, int64_t vocabulary) {
-  const int64_t whole = vocabulary / 16 * 16;
+  const int64_t whole = vocabulary / kSums * kSums;
   Float top = splat(-__builtin_inff());
-  for (int64_t at = 0; at < whole; at += 16) {
-    const Float x = load16(row, at, kBfloat16);
-    top = select(x > top, x, top);
+  for (int64_t at = 0; at < whole; at += kLanes) {
+    const Float x = load<kBfloat16>(row, at);
+    top = select(greater(x, top), x, top);
   }
   float highest = -__builtin_inff();
-  for (int lane = 0; lane < 16; ++lane) highest = std::max(highest, top[lane]);
-  for (int64_t at = whole; at < vocabulary; ++at) highest = std::max(highest, load1(row, at, kBfloat16));
-  if (!(highest > -__builtin_inff())) return __builtin_nan("");
-  Double8 low = {}, high = {};
-  typedef float Float8 __attribute__((vector_size(32)));
-  for (int64_t block = 0; block < whole; block += 16 * 64) {
-    Float sum = splat(0.0f);
-    const int64_t end = std::min(whole, block + 16 * 64);
-    for (int64_t at = block; at < end; at += 16) {
-      const Float below = highest - load16(row, at, kBfloat16);
-      sum = sum + exp_negative(below);
+  for (int lane = 0; lane < kLanes; ++lane) highest = top[lane] > highest ? top[lane] : highest;
+  for (int64_t at = whole; at < vocabulary; ++at) {
+    const float x = load1(row, at, kBfloat16);
+    highest = x > highest ? x : highest;
+  }
+  if (!(highest > -__builtin_inff()) || highest > 3.4e38f) return __builtin_nan("");
+  double sums[kSums] = {};
+  for (int64_t block = 0; block < whole; block += kBlock) {
+    Float partial[kRegisters] = {};
+    const int64_t end = whole < block + kBlock ? whole : block + kBlock;
+    for (int64_t at = block; at < end; at += kSums) {
+      for (int r = 0; r < kRegisters; ++r) {
+        partial[r] = partial[r] + exp_negative(highest - load<kBfloat16>(row, at + r * kLanes));
+      }
     }
-    Float8 half[2];
-    std::memcpy(half, &sum, sizeof sum);
-    low = low + __builtin_convertvector(half[0], Double8);
-    high = high + __builtin_convertvector(half[1], Double8);
+    for (int i = 0; i < kSums; ++i) sums[i] = sums[i] + static_cast<double>(partial[i / kLanes][i % kLanes]);
   }
   double total = 0.0;
-  for (int lane = 0; lane < 8; ++lane) total = total + low[lane];
-  for (int lane = 0; lane < 8; ++lane) total = total + high[lane];
+  for (double sum : sums) total = total + sum;
   for (int64_t at = whole; at < vocabulary; ++at) {
     total = total + tier_probability(static_cast<double>(load1(row, at, kBfloat16)) - highest);
   }
@@ -67,7 +73,7 @@ double log_normaliser(const void* row, int64_t vocabulary) {
 
 void tier_expectation(const TierArgs& args, const ParallelFor& parallel_for) {
   const int64_t width = args.vocabulary > 0 ? args.vocabulary : args.n_tiers;
-  const int64_t grain = std::max<int64_t>(1, 32768 / width);
+  const int64_t grain = width < 32768 ? 32768 / width : 1;
   parallel_for(args.n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const void* row = static_cast<const char*>(args.rows) + i * width * (args.bfloat16 ? 2 : 4);
