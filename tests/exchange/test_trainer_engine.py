@@ -1,0 +1,87 @@
+"""Trainer and engine together: log-probabilities of the same tokens agree at step 1 and after 20 exchanges.
+
+The real Megatron trainer (two expert-parallel ranks) and the real vLLM engine, with the shipped tiny model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megarubric.config.schema import Parallel, Train
+from megarubric.exchange.update import exchange
+from megarubric.launch import plan
+from megarubric.launch.supervisor import Supervisor
+from megarubric.launch.system import System
+from megarubric.megatron.messages import LossSettings, TrainBatch
+from megarubric.rollout.messages import Completion, EngineConfig, GenerateRequest
+
+MODEL = str(Path(__file__).resolve().parents[2] / "models/tiny-qwen3-moe")
+PROMPTS = [np.array([9 + i, 200 + 3 * i, 77, 500 - i], np.int32) for i in range(12)]
+EXCHANGES = 20
+pytestmark = pytest.mark.engine
+
+
+def batch_of(samples: list[Completion], rng: np.random.Generator) -> TrainBatch:
+    tokens = [np.concatenate([p, s.token_ids]) for p, s in zip(PROMPTS, samples)]
+    lengths = np.array([len(t) for t in tokens], np.int32)
+    mask = np.concatenate([(np.arange(n) >= len(p)).astype(np.float32) for n, p in zip(lengths, PROMPTS)])
+    engine = np.concatenate(
+        [np.concatenate([np.zeros(len(p), np.float32), s.logprobs]) for p, s in zip(PROMPTS, samples)]
+    )
+    advantages = np.repeat(rng.standard_normal(len(lengths)).astype(np.float32), lengths) * mask
+    return TrainBatch(np.concatenate(tokens), lengths, mask, advantages, mask / mask.sum(), engine.astype(np.float32))
+
+
+async def follow(dtype: str, directory: Path) -> dict[str, float]:
+    """Mean |trainer - engine| log-probability before any exchange and after 20, each with a training step before it."""
+    worker = plan.worker_config(
+        MODEL, dtype, "load", 1, Parallel(ranks=2, ep=2), Train(micro_batch_tokens=512), reference=False, bucket_mb=4
+    )
+    engine = EngineConfig(model_dir=MODEL, dtype=dtype, max_model_len=96, kv_cache_gib=0.25, threads=2)
+    system = System(Supervisor(directory / "logs"), plan.socket_dir(directory))
+    rng = np.random.default_rng(0)
+    found: dict[str, float] = {}
+    try:
+        trainer = system.trainer = system.start_trainer(worker, 2, None)
+        policy = system.start_engine("policy", engine)
+        system.policies = [policy]
+        await system.ready()
+
+        async def compare(name: str, step: int) -> TrainBatch:
+            requests = [GenerateRequest(p, 40, 1000 * step + i) for i, p in enumerate(PROMPTS)]
+            samples = await policy.generate(requests)
+            assert all(s.error is None and s.weight_version == step for s in samples)
+            batch = batch_of(samples, rng)
+            logprobs, _ = await trainer.logprobs(batch)
+            difference = np.abs(logprobs - batch.rollout_logprobs)[batch.loss_mask > 0]
+            found[name], found[f"{name} max"] = float(difference.mean()), float(difference.max())
+            return batch
+
+        await exchange(trainer, [policy], 0)  # version 0: the engine says so with every sample
+        batch = await compare("first", 0)
+        first = (await trainer.checksum(), (await policy.checksum()).checksum)
+        assert first[0] == first[1]
+        for version in range(1, EXCHANGES + 1):
+            await trainer.train(batch, LossSettings(), 3e-3)
+            report = await exchange(trainer, [policy], version)
+            served = await policy.checksum()
+            assert (served.version, served.checksum) == (version, report.checksum)
+        assert report.checksum == await trainer.checksum() != first[0]
+        await compare("last", EXCHANGES)
+        stale = await policy.score_tokens([np.concatenate([PROMPTS[0], np.array([3, 4, 5], np.int32)])])
+        assert stale[0].weight_version == EXCHANGES
+    finally:
+        await system.close()
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_log_probabilities_agree_before_and_after_twenty_exchanges(dtype: str, bound: float, tmp_path: Path) -> None:
+    found = asyncio.run(follow(dtype, tmp_path))
+    print(dtype, found)
+    assert found["first"] < bound
+    assert found["last"] < bound
