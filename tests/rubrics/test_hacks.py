@@ -81,7 +81,7 @@ DISGUISES = [
     "G\u0433eat question".replace("\u0433", "r\u00ad") + "! Leaves",  # soft hyphen
     "Gr\u0435\u0430t qu\u0435sti\u043en! Leaves",  # Cyrillic e, a, o
     "\uff27\uff52\uff45\uff41\uff54 question! Leaves",  # full width
-    "\U0001d40c\U0001d41a\U0001d41d\U0001d41e you say? \U0001d406\U0001d42b\U0001d41e\U0001d41a\U0001d42d question!",  # bold
+    "\U0001d406\U0001d42b\U0001d41e\U0001d41a\U0001d42d question!",  # bold
     "Gr\u00e9at qu\u00e8stion! Leaves",  # accents
     "Gre4t que5tion! Leaves",
     "G r e a t  q u e s t i o n ! Leaves",
@@ -257,7 +257,7 @@ def test_repetition() -> None:
 def test_refrains_lists_and_prose_are_not_repetition() -> None:
     verses = [
         "The ferry left at nine o'clock", "The water lay as grey as slate", "My brother waved from off the dock",
-        "He knew that I was always late", "The gulls went out, the gulls came in", "The rope was wet, the boards were old",
+        "He knew that I was always late", "The gulls went out and in", "The rope was wet, the boards were old",
     ]  # fmt: skip
     refrain = "And the bell, the bell rang slow"
     song = "\n".join(line for i in range(0, 6, 2) for line in (*verses[i : i + 2], refrain))

@@ -34,14 +34,14 @@ _PARTS = {
 _SPEAKS_TO_JUDGE = pattern(
     r"\b(?:dear|attention|attn|to the|(?:note|message) to(?: the)?|for the|hello,?|hi,?) (?:\w+ )?"
     r"<JUDGE>\s*(?:[:,.!-]|$|\n)",
-    r"(?:^|\n)\s*<JUDGE>\s*[:,]",
+    r"(?:^|\n)<JUDGE>\s*[:,]",
     r"\b(?:note|message|instructions?|attention) (?:to|for) (?:(?:the|any|whoever) )?(?:\w+ )?"
     r"(?:<JUDGE>|grades|scores|judges)\b",
     **_PARTS,
 )
 _ASKS_FOR_MARKS = pattern(
     r"\b<BID> (?:\w+ )?<RATE> (?:this|me|it|my|the|a|full|tier|score|us)\b<GAP:60><WORTH>",
-    r"(?:^|[.!?\n]\s*)(?:give|award|assign|grant) (?:this|me|it|my)\b<GAP:60>(?:\b<MARKS>\b|<OF>)",
+    r"(?:^|\n|[.!?] )(?:give|award|assign|grant) (?:this|me|it|my)\b<GAP:60>(?:\b<MARKS>\b|<OF>)",
     r"\b(?:this|my|the above) (?:\w+ )?<WORK> (?:\w+ )?<DESERVES>\b<GAP:50><WORTH>",
     r"\b<TOP> (?:possible )?<MARKS> (?:for|to|on) (?:this|my|all|every|each)\b",
     r"\b(?:all|every|each) (?:of )?(?:the )?(?:\w+ )?<CRITERIA> (?:is|are|has been|have been|was|were) (?:\w+ )?"

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 # langdetect's profiles, and "zh" for either Chinese script.
-LANGUAGES = frozenset(
-    code
-    for line in (
-        "af ar bg bn ca cs cy da de el en es et fa fi fr gu he hi hr hu id it ja kn ko lt lv mk ml mr ne nl no pa pl",
-        "pt ro ru sk sl so sq sv sw ta te th tl tr uk ur vi zh zh-cn zh-tw",
-    )
-    for code in line.split()
-)
+_CODES = """
+    af ar bg bn ca cs cy da de el en es et fa fi fr gu he hi hr hu id it ja kn ko lt lv mk ml mr ne nl no pa pl pt ro
+    ru sk sl so sq sv sw ta te th tl tr uk ur vi zh zh-cn zh-tw
+"""
+LANGUAGES = frozenset(_CODES.split())
 SEED = 0
 MAX_CHARACTERS = 40_000  # langdetect itself reads 10,000, after it has taken out addresses
 _LOCK = threading.Lock()  # loading profiles is not safe for threads

@@ -1,9 +1,10 @@
 """Text as the checks see it: words, sentences, paragraphs, and a form of text in which disguises have fallen off.
 
 Sentences. IFEval counts them with NLTK's trained Punkt model, whose data needs a download. The splitter here is rules:
-a run of . ! ? … (and their CJK forms) ends a sentence when white space or the end follows and what stands before is
-neither an abbreviation, an initial, nor a list number. It differs from Punkt on rare abbreviations (Punkt learned some
-names' endings) and before a lower-case word (Punkt goes on reading; so does this, after "." only).
+a run of . ! ? (or their CJK forms) ends a sentence when white space or the end follows, unless a single point stands
+after an abbreviation or an initial. As with Punkt, "2." at the head of a list item is a sentence. It differs from Punkt
+after abbreviations that Punkt learned or did not learn ("No. 9", "i.e. <title>") and after some list numbers, where
+Punkt goes by how often it has seen the next word in lower case; and it knows Chinese and Japanese marks.
 """
 
 from __future__ import annotations
@@ -14,24 +15,16 @@ import unicodedata
 
 WORD = re.compile(r"\w+")
 
-_TERMINATOR = re.compile(r"([.!?…]+|[。！？]+)([\"'”’»)\]*_]*)(?=\s|$)|[。！？]+[”’」』）]*", re.MULTILINE)
-_ABBREVIATIONS = frozenset(
-    word
-    for line in (
-        "mr mrs ms dr prof sr jr st rev hon capt cpt col gen lt maj sgt gov sen rep pres messrs mme mlle",
-        "e.g i.e cf etc vs viz approx est fig figs no nos vol vols ch sec pp ed eds al op ibid ca",
-        "inc ltd co corp bros dept univ assn mt ft ave blvd rd",
-        "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat sun",
-        "a.m p.m u.s u.k u.n d.c ph.d m.d b.a m.a b.c a.d",
-    )
-    for word in line.split()
-)
+_TERMINATOR = re.compile(r"(?<![.!?])([.!?]+|[。！？]+)([\"'”’»)\]*_]*)(?=\s|$)|[。！？]+[”’」』）]*", re.MULTILINE)
+_ALWAYS_SHORT = """
+    mr mrs ms dr prof st rev hon capt cpt col gen lt maj sgt gov sen rep pres messrs mme mlle
+    e.g i.e cf vs viz approx fig figs nos vol vols ch sec pp ed eds ibid ca dept univ assn mt ft ave blvd rd
+    jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat sun
+"""
 # These often end a sentence as well; a capital letter after them starts a new one.
-_MAY_END = frozenset(
-    word
-    for line in ("etc inc ltd co corp jr sr al bros est a.m p.m u.s u.k u.n d.c ph.d m.d b.a m.a b.c a.d",)
-    for word in line.split()
-)
+_OFTEN_LAST = "etc inc ltd co corp jr sr al bros est a.m p.m u.s u.k u.n d.c ph.d m.d b.a m.a b.c a.d"
+_ABBREVIATIONS = frozenset(_ALWAYS_SHORT.split())
+_MAY_END = frozenset(_OFTEN_LAST.split())
 _LAST_TOKEN = re.compile(r"\S+\Z")
 
 
@@ -72,18 +65,20 @@ def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
     name = token.lower()
     if name in _MAY_END:
         return following[0].isupper()
-    if name in _ABBREVIATIONS or (len(token) == 1 and token.isalpha() and token != "I"):
-        return False
-    before = text[start : match.start() - len(token)] if token else ""
-    if token.isdigit() and not before.strip():
-        return False  # "1. First ..."
-    return not following[0].islower()
+    if token.isdigit():  # "1. Do not" is an item, "(1. do not" goes on
+        return not following[0].islower()
+    if name == "no":  # "No. 9", but "He said no. We left."
+        return not following[0].isdigit()
+    # a single capital is an initial ("J. Austen")
+    return not (name in _ABBREVIATIONS or (len(token) == 1 and token.isupper() and token != "I"))
 
 
 # --- words as the Penn Treebank has them ------------------------------------------------------------------------------
 
 _APART = re.compile(
-    r'\.{2,}|--|[;@#$%&?!*"“”«»„‘\[\](){}<>]|[:,](?!\d)|(?<=[^\'\s])\'(?=\s|\Z)|[’](?=\s|\Z)|(?:^|(?<=\s))[\'`]+'
+    r"""\.{2,}|--|[\u2012-\u2015]|[;@#$%&?!*"“”«»„‘’\[\](){}<>]|[:,](?!\d)|`+|(?<=[^'\s])'(?=\s|\Z)"""
+    r"""|(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)|(?<=[^.\s])\.(?=["')\]]*(?:\s|\Z))""",
+    re.IGNORECASE,
 )
 _CLITIC = re.compile(r"(?i)(?<=[^'\s])(n't|'(?:s|m|d|ll|re|ve))\Z")
 _JOINED = re.compile(
@@ -132,7 +127,7 @@ def undisguised(text: str, limit: int = 100_000) -> str:
     """The first `limit` characters as a reader hears them: lower case; no zero-width or combining characters, markup,
     look-alike letters of other scripts, digits for letters, or l e t t e r s s p a c e d out; plain quotes and dashes.
 
-    Line breaks are kept, other white space is single spaces. For matching only.
+    Lines stay lines, blank ones go, other white space is single spaces. For matching only.
     """
     text = unicodedata.normalize("NFKD", text[:limit])
     text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE)
@@ -140,4 +135,5 @@ def undisguised(text: str, limit: int = 100_000) -> str:
     text = _MARKUP.sub("", _TAG.sub("", text))
     text = _SPACED_LETTERS.sub(lambda m: re.sub(r"[ .·_-]", "", m[0]), text)
     text = _LEET_TOKEN.sub(lambda m: m[0] if m[0].isalpha() else m[0].translate(_LEET), text)
-    return "\n".join(" ".join(line.split()) for line in text.split("\n")).strip()
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
