@@ -15,6 +15,7 @@ import io
 import json
 import os
 import pickle
+import queue
 import random
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ cpu.ensure()  # before the megatron imports below
 
 from megatron.core import dist_checkpointing, tensor_parallel  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
 if TYPE_CHECKING:
     from megarubric.megatron.trainer import Trainer
@@ -80,6 +82,9 @@ def save(trainer: Trainer, path: Path, extra: str) -> int:
             raise OSError(28, f"no room: about {needed >> 20} MiB needed, {free >> 20} MiB free")
 
     def write() -> None:
+        # Megatron passes the writer's results through a queue in a manager process of its own, which would outlive a
+        # killed rank. We write in this process, where a plain queue does.
+        filesystem_async._results_queue = queue.Queue()
         dist_checkpointing.save(_state(trainer, loading=False), str(partial / "weights"))
 
     def finish() -> None:

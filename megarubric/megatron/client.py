@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megarubric.exchange.rpc import Client, CurveKeys, Frames, read_array
+from megarubric.errors import ProcessDied
+from megarubric.exchange.rpc import Client, CurveKeys, Frames, RemoteError, read_array
 from megarubric.megatron import messages as m
 
 
 class TrainerClient:
     """Talks to rank 0 of the trainer. Calls are executed one after the other.
 
-    Every call raises RemoteError with the trainer's one-line reason, and ProcessDied when `peer_status` says that a
-    rank has ended.
+    Every call raises RemoteError with the trainer's one-line reason, and ProcessDied when a rank has ended, which
+    `peer_status` or the trainer itself says.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class TrainerClient:
         """Log-probabilities and entropies of the batch's tokens, float32[T] each, 0 at first tokens."""
         frames = Frames()
         request = m.Logprobs(m.WireBatch.pack(batch, frames), which, temperature)
-        reply, received = await self._client.call(request, frames.buffers)
+        reply, received = await self._call(request, frames)
         return read_array(reply.logprobs, received), read_array(reply.entropy, received)
 
     async def train(self, batch: m.TrainBatch, loss: m.LossSettings, lr: float) -> m.Trained:
@@ -91,5 +92,15 @@ class TrainerClient:
         await self._client.close()
 
     async def _ask(self, body: Any, frames: Frames | None = None, timeout_s: float | None = None) -> Any:
-        reply, _ = await self._client.call(body, frames.buffers if frames else (), timeout_s)
-        return reply
+        return (await self._call(body, frames, timeout_s))[0]
+
+    async def _call(
+        self, body: Any, frames: Frames | None = None, timeout_s: float | None = None
+    ) -> tuple[Any, list[bytes]]:
+        try:
+            return await self._client.call(body, frames.buffers if frames else (), timeout_s)
+        except RemoteError as error:
+            kind, _, reason = str(error).partition(": ")
+            if kind == ProcessDied.__name__:  # rank 0 said so with its last breath
+                raise ProcessDied(reason) from None
+            raise

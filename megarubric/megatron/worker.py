@@ -1,9 +1,8 @@
 """The trainer process: ``python -m megarubric.megatron.worker --config FILE.json --endpoint ipc://...``, one a rank.
 
-Rank 0 serves the controller; every command is broadcast to the other ranks as bytes over gloo and executed by all. An
-error that all ranks meet alike (bad batch, full disk, missing file) is answered in one line and the ranks go on. An
-error of one rank alone leaves the others in a collective, so all ranks end, and the controller sees that they have.
-A heartbeat passes while nothing is asked, so the death of any rank is noticed by the others within about a second.
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher. Exit status: 0 after Shutdown, 2 for
+bad input (one line on standard error), 3 when this rank or another failed. Importing Megatron takes seconds, so it is
+done after this process has asked to die with its parent.
 """
 
 from __future__ import annotations
@@ -12,222 +11,26 @@ import argparse
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
-import torch.distributed as dist
 
 from megarubric.errors import BadInput, MegarubricError
-from megarubric.exchange.rpc import Call, CurveKeys, Frames, Server
 from megarubric.launch.process import die_with_parent, set_title
-from megarubric.megatron import messages as m
-from megarubric.megatron.trainer import Trainer
-
-HEARTBEAT_S = 1.0
+from megarubric.megatron.messages import Request, WorkerConfig
 
 
-class RanksDisagree(MegarubricError):
-    """A command failed on some ranks and not on others; their states can no longer be trusted to fit together."""
-
-
-def read_config(path: Path) -> m.WorkerConfig:
+def read_config(path: Path) -> WorkerConfig:
     """Parse the worker's JSON. Raises BadInput for an unreadable file, an unknown key or a wrong type."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=m.WorkerConfig)
+        return msgspec.json.decode(path.read_bytes(), type=WorkerConfig)
     except OSError as error:
         raise BadInput(path, None, error.strerror or str(error)) from None
     except msgspec.DecodeError as error:
         raise BadInput(path, None, str(error)) from None
-
-
-class Commands:
-    """What each request does on a rank. Bodies and frames are as received; replies count on rank 0."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        pids = torch.zeros(trainer.world_size, dtype=torch.int64)
-        pids[trainer.rank] = os.getpid()
-        dist.all_reduce(pids, group=trainer.control)
-        self._pids = [int(pid) for pid in pids]
-        self._do: dict[type, Callable[..., tuple[Any, Frames]]] = {
-            m.Describe: self._describe,
-            m.Logprobs: self._logprobs,
-            m.Train: self._train,
-            m.BeginPublish: self._begin_publish,
-            m.FillBucket: self._fill_bucket,
-            m.EndPublish: self._end_publish,
-            m.Checksum: self._checksum,
-            m.SaveCheckpoint: self._save,
-            m.LoadCheckpoint: self._load,
-            m.ExportHF: self._export,
-            m.Offload: self._offload,
-            m.Onload: self._onload,
-            m.Shutdown: self._shutdown,
-        }
-
-    def __call__(self, body: Any, frames: Sequence[bytes | memoryview]) -> tuple[Any, Frames]:
-        """Execute `body`; its reply and the reply's frames."""
-        self._began = time.perf_counter()
-        return self._do[type(body)](body, frames)
-
-    def _seconds(self) -> float:
-        return time.perf_counter() - self._began
-
-    def _describe(self, body: m.Describe, frames: Any) -> tuple[m.Description, Frames]:
-        t = self.trainer
-        layout = {k: 1 if v is None else v for k, v in msgspec.structs.asdict(t.layout).items()}
-        layout["dp"] = t.packing.dp
-        reply = m.Description(t.world_size, layout, t.n_parameters, t.config.dtype, str(t.device), t.steps, self._pids)
-        return reply, Frames()
-
-    def _logprobs(self, body: m.Logprobs, frames: Any) -> tuple[m.TokenValues, Frames]:
-        logprobs, entropy = self.trainer.logprobs(body.batch.unpack(frames), body.which, body.temperature)
-        out = Frames()
-        return m.TokenValues(out.add(logprobs), out.add(entropy), self._seconds()), out
-
-    def _train(self, body: m.Train, frames: Any) -> tuple[m.Trained, Frames]:
-        updates = self.trainer.train(body.batch.unpack(frames), body.loss, body.lr)
-        return m.Trained(updates, self.trainer.steps, self._seconds()), Frames()
-
-    def _begin_publish(self, body: m.BeginPublish, frames: Any) -> tuple[m.PublishPlan, Frames]:
-        sender = self.trainer.sender
-        sender.begin(body.version)
-        plan = m.PublishPlan(body.version, sender.table, sender.segment_names, sender.table.segment_bytes)
-        return plan, Frames()
-
-    def _fill_bucket(self, body: m.FillBucket, frames: Any) -> tuple[Any, Frames]:
-        bucket = self.trainer.sender.fill(body.version, body.index)
-        return (None if bucket is None else m.Filled(body.index, bucket, self._seconds())), Frames()
-
-    def _end_publish(self, body: m.EndPublish, frames: Any) -> tuple[m.WeightsChecksum, Frames]:
-        return m.WeightsChecksum(self.trainer.sender.end(body.version)), Frames()
-
-    def _checksum(self, body: m.Checksum, frames: Any) -> tuple[m.WeightsChecksum, Frames]:
-        return m.WeightsChecksum(self.trainer.sender.checksum()), Frames()
-
-    def _save(self, body: m.SaveCheckpoint, frames: Any) -> tuple[m.CheckpointSaved, Frames]:
-        nbytes = self.trainer.save(body.path, body.extra)
-        return m.CheckpointSaved(body.path, nbytes, self._seconds()), Frames()
-
-    def _load(self, body: m.LoadCheckpoint, frames: Any) -> tuple[m.CheckpointLoaded, Frames]:
-        extra = self.trainer.load(body.path)
-        return m.CheckpointLoaded(self.trainer.steps, extra, self._seconds()), Frames()
-
-    def _export(self, body: m.ExportHF, frames: Any) -> tuple[m.Done, Frames]:
-        self.trainer.export_hf(body.path)
-        return m.Done(self._seconds()), Frames()
-
-    def _offload(self, body: m.Offload, frames: Any) -> tuple[m.Done, Frames]:
-        self.trainer.offload()
-        return m.Done(self._seconds()), Frames()
-
-    def _onload(self, body: m.Onload, frames: Any) -> tuple[m.Done, Frames]:
-        self.trainer.onload()
-        return m.Done(self._seconds()), Frames()
-
-    def _shutdown(self, body: m.Shutdown, frames: Any) -> tuple[m.Done, Frames]:
-        return m.Done(self._seconds()), Frames()
-
-
-class Ranks:
-    """Commands from rank 0 to all, and agreement on how they ended. Nothing but bytes is sent, and decoded by type."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._group, self._alone = trainer.control, trainer.world_size == 1
-
-    def tell(self, parts: Sequence[bytes | memoryview]) -> None:
-        """Rank 0: send `parts` (none: a heartbeat) to the ranks in `hear`."""
-        if self._alone:
-            return
-        sizes = torch.tensor([len(part) for part in parts], dtype=torch.int64)
-        dist.broadcast(torch.tensor([len(parts)]), src=0, group=self._group)
-        if parts:
-            dist.broadcast(sizes, src=0, group=self._group)
-            joined = bytearray().join(parts)
-            dist.broadcast(torch.frombuffer(joined, dtype=torch.uint8), src=0, group=self._group)
-
-    def hear(self) -> list[memoryview]:
-        """The others: the parts that rank 0 told; none for a heartbeat."""
-        count = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(count, src=0, group=self._group)
-        if int(count) == 0:
-            return []
-        sizes = torch.zeros(int(count), dtype=torch.int64)
-        dist.broadcast(sizes, src=0, group=self._group)
-        joined = torch.empty(int(sizes.sum()), dtype=torch.uint8)
-        dist.broadcast(joined, src=0, group=self._group)
-        whole, parts, start = memoryview(joined.numpy()), [], 0
-        for size in sizes.tolist():
-            parts.append(whole[start : start + size])
-            start += size
-        return parts
-
-    def agree(self, error: MegarubricError | None) -> None:
-        """Raise RanksDisagree when the command failed on some ranks only."""
-        if self._alone:
-            return
-        failed = torch.tensor([int(error is not None)])
-        dist.all_reduce(failed, group=self._group)
-        if 0 < int(failed) < self._group.size():
-            raise RanksDisagree(str(error) if error else "the command failed on another rank")
-
-
-def serve(trainer: Trainer, server: Server[Any]) -> None:
-    """Rank 0: answer the controller until it asks to shut down."""
-    commands, ranks = Commands(trainer), Ranks(trainer)
-    while True:
-        call = server.receive(HEARTBEAT_S)
-        if call is None:
-            ranks.tell([])
-        elif _answer(call, commands, ranks, trainer.world_size):
-            return
-
-
-def _answer(call: Call, commands: Commands, ranks: Ranks, world_size: int) -> bool:
-    """Execute one call on all ranks and reply; True when it was the last."""
-    try:
-        ranks.tell([msgspec.msgpack.encode(call.body), *call.frames])
-        error: MegarubricError | None = None
-        try:
-            body, frames = commands(call.body, call.frames)
-        except MegarubricError as caught:
-            error = caught
-        ranks.agree(error)
-    except Exception as fatal:
-        traceback.print_exc()
-        call.fail(fatal)
-        if world_size == 1 and not isinstance(fatal, torch.OutOfMemoryError):
-            return False  # nobody waits in a collective: the next command may well succeed
-        raise
-    if error is not None:
-        call.fail(error)
-        return False
-    call.reply(body, frames.buffers)
-    return isinstance(call.body, m.Shutdown)
-
-
-def follow(trainer: Trainer) -> None:
-    """The other ranks: execute what rank 0 tells until it tells to shut down."""
-    commands, ranks = Commands(trainer), Ranks(trainer)
-    decoder = msgspec.msgpack.Decoder(m.Request)
-    while True:
-        parts = ranks.hear()
-        if not parts:
-            continue
-        body = decoder.decode(parts[0])
-        error: MegarubricError | None = None
-        try:
-            commands(body, parts[1:])
-        except MegarubricError as caught:
-            error = caught
-        ranks.agree(error)
-        if isinstance(body, m.Shutdown):
-            return
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,27 +40,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keys", type=Path, help="CURVE key pair of the run, for a tcp:// endpoint")
     args = parser.parse_args(argv)
     die_with_parent()
+    set_title(f"megarubric trainer rank {os.environ.get('RANK', '0')}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that segments are removed on the way out
-    trainer: Trainer | None = None
     try:
-        trainer = Trainer(read_config(args.config))
-        set_title(f"megarubric trainer rank {trainer.rank}")
-        if trainer.rank == 0:
-            server: Server[Any] = Server(args.endpoint, m.Request, CurveKeys.load(args.keys) if args.keys else None)
-            try:
-                serve(trainer, server)
-            finally:
-                server.close()
-        else:
-            follow(trainer)
+        config = read_config(args.config)
+        _work(config, args.endpoint, args.keys)
     except MegarubricError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         print(error, file=sys.stderr, flush=True)
         return error.exit_status
+    return 0
+
+
+def _work(config: WorkerConfig, endpoint: str, keys: Path | None) -> None:
+    """Build this rank and execute commands until told to shut down."""
+    from megarubric.exchange.rpc import CurveKeys, Server
+    from megarubric.megatron import service
+    from megarubric.megatron.trainer import Trainer
+
+    trainer: Trainer | None = None
+    server: Server[Any] | None = None
+    try:
+        trainer = Trainer(config)
+        if trainer.rank == 0:
+            server = Server(endpoint, Request, CurveKeys.load(keys) if keys else None)
+            service.serve(trainer, server)
+        else:
+            service.follow(trainer)
+    except MegarubricError:
+        raise
+    except Exception as error:
+        raise service.as_process_died(error) from error
     finally:
+        if server is not None:
+            server.close()
         if trainer is not None:
             trainer.sender.close()
     trainer.close()
-    return 0
 
 
 def run() -> None:
@@ -267,10 +87,8 @@ def run() -> None:
         status = main()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
-    except BaseException as error:
+    except BaseException:
         traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        print(f"{type(error).__name__}: {lines[0]}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,0 +1,253 @@
+"""Checkpoints: 2 + 2 steps are 4 steps bit for bit, and what is not whole is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+HF_CONFIG = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 67,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+def make_trainer(model_dir: str, **config: Any) -> Any:
+    from megarubric.megatron.messages import WorkerConfig
+    from megarubric.megatron.trainer import Trainer
+
+    config = {"micro_batch_tokens": 64, "shm_prefix": f"mrckpt-{os.getppid()}", "weight_decay": 0.1} | config
+    return Trainer(WorkerConfig(model_dir=model_dir, init="random", timeout_s=60, **config))
+
+
+def steps(trainer: Any, first: int, last: int) -> list[dict[str, Any]]:
+    """Train on the batches number `first` to `last` - 1."""
+    import msgspec
+
+    from megarubric.megatron.messages import TrainBatch
+    from megarubric.recipe.algorithms import algorithm
+
+    metrics = []
+    for number in range(first, last):
+        rng = np.random.default_rng(number)
+        lengths = rng.integers(4, 30, size=8).astype(np.int32)
+        mask = np.ones(int(lengths.sum()), dtype=np.float32)
+        mask[np.cumsum(lengths) - lengths] = 0
+        batch = TrainBatch(
+            tokens=rng.integers(0, 67, size=len(mask)).astype(np.int32),
+            lengths=lengths,
+            loss_mask=mask,
+            advantages=np.repeat(rng.normal(size=8), lengths).astype(np.float32),
+            weights=algorithm("grpo").token_weights(mask, lengths, 32),
+        )
+        metrics += [msgspec.to_builtins(u) for u in trainer.train(batch, algorithm("grpo").settings(), 1e-3)]
+    return metrics
+
+
+def straight(model_dir: str, path: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Four steps in one go, a checkpoint after two of them, and one of step 0."""
+    trainer = make_trainer(model_dir, **config)
+    trainer.save(path + "-0", "{}")
+    first = steps(trainer, 0, 2)
+    nbytes = trainer.save(path, '{"position": 2}')
+    last = steps(trainer, 2, 4)
+    result = {"metrics": first + last, "checksum": trainer.sender.checksum(), "steps": trainer.steps, "nbytes": nbytes}
+    trainer.barrier()
+    trainer.close()
+    return result
+
+
+def resumed(model_dir: str, path: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A new process: first another history, so that nothing but the checkpoint can explain equality."""
+    import torch
+
+    trainer = make_trainer(model_dir, **config)
+    steps(trainer, 7, 8)
+    extra = trainer.load(path)
+    drawn = torch.rand(3).tolist()
+    last = steps(trainer, 2, 4)
+    result = {"metrics": last, "checksum": trainer.sender.checksum(), "steps": trainer.steps, "extra": extra}
+    trainer.load(path)
+    result["same_draws"] = torch.rand(3).tolist() == drawn
+    trainer.load(path + "-0")
+    result["from_zero"] = steps(trainer, 0, 2)
+    trainer.barrier()
+    trainer.close()
+    return result
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text(json.dumps(HF_CONFIG))
+    return str(directory)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("world", "config"),
+    [(1, {}), (1, {"dtype": "bfloat16"}), (2, {"ep": 2}), (2, {"tp": 2}), (2, {"pp": 2})],
+    ids=["one rank", "one rank bf16", "EP2", "TP2", "PP2"],
+)
+def test_two_and_two_steps_are_four_bit_for_bit(ranks, model_dir, tmp_path, world, config):
+    path = str(tmp_path / "step_2")
+    whole = ranks(world, straight, model_dir=model_dir, path=path, config=config)[0]
+    again = ranks(world, resumed, model_dir=model_dir, path=path, config=config)[0]
+    assert again["metrics"] == whole["metrics"][2:]
+    assert again["from_zero"] == whole["metrics"][:2]
+    assert again["checksum"] == whole["checksum"]
+    assert again["steps"] == whole["steps"] == 4
+    assert json.loads(again["extra"]) == {"position": 2} and again["same_draws"]
+    assert whole["nbytes"] == sum(f.stat().st_size for f in Path(path).rglob("*") if f.name != "manifest.json")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []  # no partial directory stays
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, model_dir, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "step_2"
+    ranks(1, straight, model_dir=model_dir, path=str(path), config={})
+    return path
+
+
+def load_each(model_dir: str, paths: list[str], config: dict[str, Any]) -> list[str]:
+    """What loading each path says; the trainer must be as it was after all of them."""
+    from megarubric.errors import BadInput
+
+    trainer = make_trainer(model_dir, **config)
+    before = trainer.sender.checksum()
+    said = []
+    for path in paths:
+        try:
+            trainer.load(path)
+            said.append("loaded")
+        except BadInput as error:
+            said.append(str(error))
+    unchanged = trainer.sender.checksum() == before
+    trainer.barrier()
+    trainer.close()
+    return [*said, str(unchanged)]
+
+
+def broken(saved: Path, place: Path) -> dict[str, Path]:
+    """Copies of a good checkpoint, each with one fault."""
+    copies = {}
+    for name in ("flipped", "short", "gone", "unmarked", "future", "foreign"):
+        copies[name] = shutil.copytree(saved, place / name)
+    data = next(copies["flipped"].glob("weights/*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    data = copies["short"] / "weights" / data.name
+    data.write_bytes(data.read_bytes()[:-10])
+    (copies["gone"] / "extra.json").unlink()
+    (copies["unmarked"] / "manifest.json").unlink()
+    manifest = copies["future"] / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+
+    class Command:
+        def __reduce__(self) -> Any:
+            return os.system, ("true",)
+
+    foreign = copies["foreign"] / "weights" / ".metadata"
+    foreign.write_bytes(pickle.dumps(Command()))
+    manifest = copies["foreign"] / "manifest.json"
+    written = json.loads(manifest.read_text())
+    import xxhash
+
+    written["files"]["weights/.metadata"] = {
+        "nbytes": foreign.stat().st_size,
+        "xxh3_128": xxhash.xxh3_128(foreign.read_bytes()).hexdigest(),
+    }
+    manifest.write_text(json.dumps(written))
+    return copies
+
+
+@pytest.mark.engine
+def test_what_is_not_whole_is_refused_by_name(ranks, model_dir, saved, tmp_path):
+    from megarubric.errors import BadInput
+    from megarubric.megatron.checkpoint import check
+
+    copies = broken(saved, tmp_path)
+    paths = [str(p) for p in copies.values()]
+    (said,) = ranks(1, load_each, model_dir=model_dir, paths=paths, config={})
+    flipped, short, gone, unmarked, future, foreign, unchanged = said
+    assert unchanged == "True"
+    assert flipped.startswith(f"{copies['flipped']}: weights/__0_") and "is corrupt" in flipped
+    assert short.startswith(f"{copies['short']}: weights/__0_") and "bytes, the manifest says" in short
+    assert gone == f"{copies['gone']}: extra.json: is missing"
+    assert unmarked == f"{copies['unmarked']}: manifest.json: is missing: the checkpoint is incomplete"
+    assert future == f"{copies['future']}: manifest.json: has format 99, this version reads 1"
+    assert "weights/.metadata: is refused: names posix.system" in foreign
+
+    assert check(saved).steps == 2
+    for name in ("flipped", "short", "gone", "unmarked", "future"):  # the controller asks without any rank
+        with pytest.raises(BadInput):
+            check(copies[name])
+
+
+@pytest.mark.engine
+def test_another_dtype_or_layout_is_refused(ranks, model_dir, saved, tmp_path):
+    for world, config, reason in (
+        (1, {"dtype": "bfloat16"}, "dtype: is float32, this run's is bfloat16"),
+        (2, {"ep": 2}, "world_size: is 1, this run's is 2"),
+    ):
+        for said in ranks(world, load_each, model_dir=model_dir, paths=[str(saved)], config=config):
+            assert said == [f"{saved}: {reason}", "True"]
+
+
+def save_with_little_room(model_dir: str, path: str, limit: int) -> dict[str, Any]:
+    """Save where every file ends at `limit` bytes (RLIMIT_FSIZE stands in for a disk that fills up while writing)."""
+    import resource
+
+    from megarubric.errors import BadInput
+
+    trainer = make_trainer(model_dir)
+    trainer.save(path, '{"good": 1}')
+    said = []
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for target, extra in ((path + "-next", "{}"), (path, "{}"), (path + "-x", "not json")):
+        try:
+            trainer.save(target, extra)
+            said.append("saved")
+        except BadInput as error:
+            said.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    extra = trainer.load(path)
+    trainer.save(path + "-next", "{}")
+    trainer.close()
+    return {"said": said, "extra": extra, "left": sorted(p.name for p in Path(path).parent.iterdir())}
+
+
+@pytest.mark.engine
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_partial_one(ranks, model_dir, tmp_path):
+    path = str(tmp_path / "step_1")
+    (got,) = ranks(1, save_with_little_room, model_dir=model_dir, path=path, limit=100_000)
+    full, taken, not_json = got["said"]
+    assert full.startswith(f"{path}-next: cannot be written: ") and "File too large" in full
+    assert taken == f"{path}: cannot be written: exists already"
+    assert not_json.startswith(f"{path}-x: cannot be written: ")
+    assert got["extra"] == '{"good": 1}'
+    assert got["left"] == ["step_1", "step_1-next"]
