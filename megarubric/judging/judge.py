@@ -18,7 +18,7 @@ import msgspec
 
 from megarubric.errors import BadInput, ProcessDied
 from megarubric.judging.calibration import Calibration
-from megarubric.judging.modes import Drawn, Due, Mode, all_query, read_all, read_reasoned, reason_query, tier_query
+from megarubric.judging.modes import Drawn, Due, Mode, Way, all_query, read_all, read_reasoned, reason_query, tier_query
 from megarubric.judging.prompt import Template, load_template
 from megarubric.judging.types import (
     JudgeItem,
@@ -123,8 +123,13 @@ class Judge:
         if backend is not None and writes and not isinstance(backend, TextBackend):
             raise BadInput("judge", backend.identity, f"cannot write text, which mode {min(writes)} needs")
 
-    async def judge(self, items: Sequence[JudgeItem]) -> list[dict[str, Judgement]]:
+    async def judge(
+        self, items: Sequence[JudgeItem], *, draw: int = 0, highest_first: bool = False
+    ) -> list[dict[str, Judgement]]:
         """One judgement a criterion for every item, keyed by criterion id in the rubric's order.
+
+        `draw` asks the same anew (a cache holds every draw by itself); `highest_first` lists the tiers the other way
+        round, which should change nothing. Both are for examining a judge.
 
         Raises BadInput for a stored judgement that does not fit the rubric, and ProcessDied when the judge's own engine
         process has ended; a judge that merely fails is masked.
@@ -141,8 +146,9 @@ class Judge:
                     judgement = _masked(criterion, "not answered")  # keeps the place; replaced below
                 row[criterion.id] = judgement
             results.append(row)
+        way = Way(draw, highest_first)
         answered = await asyncio.gather(
-            self._by_tier(due["tier"]), self._by_reason(due["reason"]), self._by_all(due["all"])
+            self._by_tier(due["tier"], way), self._by_reason(due["reason"], way), self._by_all(due["all"], way)
         )
         for d, judgement in (pair for pairs in answered for pair in pairs):
             results[d.at][d.criterion.id] = self._counted(self._calibrated(d, judgement))
@@ -172,43 +178,49 @@ class Judge:
 
     # --- the three ways of asking -------------------------------------------------------------------------------
 
-    async def _by_tier(self, due: Sequence[Due]) -> list[tuple[Due, Judgement]]:
-        judged = await self._ask_tiers(self.backend, due)
+    async def _by_tier(self, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
+        judged = await self._ask_tiers(self.backend, due, way)
         if self.second is None:
             return judged
         unsure = [d for d, j in judged if self._unsure(d.criterion, j)]
         self.stats.escalated += len(unsure)
-        again = {(d.at, d.criterion.id): j for d, j in await self._ask_tiers(self.second, unsure) if j.read}
+        again = {(d.at, d.criterion.id): j for d, j in await self._ask_tiers(self.second, unsure, way) if j.read}
         return [(d, again.get((d.at, d.criterion.id), j)) for d, j in judged]
 
-    async def _ask_tiers(self, backend: TierBackend | None, due: Sequence[Due]) -> list[tuple[Due, Judgement]]:
+    async def _ask_tiers(
+        self, backend: TierBackend | None, due: Sequence[Due], way: Way
+    ) -> list[tuple[Due, Judgement]]:
         if not due or backend is None:
             return []
-        asked = [tier_query(self.template, d) for d in due]
+        asked = [tier_query(self.template, d, way) for d in due]
         distinct = {q.content: q for q in asked}  # equal answers are judged once
         replies = await self._ask(backend, list(distinct.values()), backend.tier_logprobs, lambda e: TierReply(error=e))
         by_content = dict(zip(distinct, replies))
-        return [(d, self._read_tier(d.criterion, by_content[q.content])) for d, q in zip(due, asked)]
+        return [
+            (d, self._read_tier(d.criterion, way.lowest_first(by_content[q.content], len(q.tiers))))
+            for d, q in zip(due, asked)
+        ]
 
-    async def _by_reason(self, due: Sequence[Due]) -> list[tuple[Due, Judgement]]:
+    async def _by_reason(self, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
         s = self.settings
         draws = [
-            [reason_query(self._reason_template, d, s.max_tokens, s.temperature, k) for k in range(s.draws)]
+            [reason_query(self._reason_template, d, w, s.max_tokens, s.temperature) for w in way.draws(s.draws)]
             for d in due
         ]
         replies = await self._ask_text(draws)
-        return [(d, _drawn(d.criterion, read_reasoned(d.criterion, r))) for d, r in zip(due, replies)]
+        return [(d, _drawn(d.criterion, read_reasoned(d.criterion, r, way))) for d, r in zip(due, replies)]
 
-    async def _by_all(self, due: Sequence[Due]) -> list[tuple[Due, Judgement]]:
+    async def _by_all(self, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
         s = self.settings
         groups = [list(group) for _, group in groupby(due, key=lambda d: d.at)]
         draws = [
-            [all_query(self._all_template, g, s.max_tokens, s.temperature, k) for k in range(s.draws)] for g in groups
+            [all_query(self._all_template, g, w, s.max_tokens, s.temperature) for w in way.draws(s.draws)]
+            for g in groups
         ]
         out = []
         for group, replies in zip(groups, await self._ask_text(draws)):
             criteria = [d.criterion for d in group]
-            out += [(d, _drawn(d.criterion, drawn)) for d, drawn in zip(group, read_all(criteria, replies))]
+            out += [(d, _drawn(d.criterion, drawn)) for d, drawn in zip(group, read_all(criteria, replies, way))]
         return out
 
     async def _ask_text(self, draws: Sequence[Sequence[TextQuery]]) -> list[list[TextReply]]:

@@ -17,7 +17,7 @@ import msgspec
 
 from megarubric.judging.parser import parse_all, parse_reasoned
 from megarubric.judging.prompt import Template, render_all, render_tier, tier_tokens
-from megarubric.judging.types import JudgeItem, TextQuery, TextReply, TierQuery, content_hash
+from megarubric.judging.types import JudgeItem, TextQuery, TextReply, TierQuery, TierReply, content_hash
 from megarubric.rubrics import Criterion
 
 Mode = Literal["tier", "reason", "all"]
@@ -29,6 +29,31 @@ class Due(NamedTuple):
     at: int
     item: JudgeItem
     criterion: Criterion
+
+
+class Way(NamedTuple):
+    """A way of asking the same: which draw, and whether the tiers are listed highest first."""
+
+    draw: int = 0
+    highest_first: bool = False
+
+    def draws(self, count: int) -> list[Way]:
+        """The `count` draws that this one is made up of."""
+        return [self._replace(draw=self.draw * count + k) for k in range(count)]
+
+    def order[T](self, texts: Sequence[T]) -> list[T]:
+        return list(reversed(texts)) if self.highest_first else list(texts)
+
+    def lowest_first(self, reply: TierReply, tiers: int) -> TierReply:
+        """`reply` as if the tiers had been listed lowest first."""
+        if not self.highest_first:
+            return reply
+        logprobs = None if reply.logprobs is None else tuple(reversed(reply.logprobs))
+        return TierReply(logprobs, self.tier(reply.verdict, tiers), reply.error)
+
+    def tier(self, listed: int | None, tiers: int) -> int | None:
+        """The tier, counted from the lowest, that was listed at this place."""
+        return tiers - 1 - listed if self.highest_first and listed is not None else listed
 
 
 class Drawn(msgspec.Struct, frozen=True):
@@ -47,45 +72,47 @@ def tier_texts(criterion: Criterion) -> list[str]:
     return [tier.text or f"(worth {tier.value:g})" for tier in criterion.tiers]
 
 
-def tier_query(template: Template, due: Due) -> TierQuery:
+def tier_query(template: Template, due: Due, way: Way) -> TierQuery:
     """The question for one tier sign."""
-    texts = tier_texts(due.criterion)
+    texts = way.order(tier_texts(due.criterion))
     reference = _reference(due)
     parts = render_tier(template, due.item.prompt, due.item.response, due.criterion.description, texts, reference)
-    return TierQuery(tuple(parts), tier_tokens(len(texts)), _content("tier", template, due, due.criterion.id))
+    content = _content("tier", template, due, way, due.criterion.id)
+    return TierQuery(tuple(parts), tier_tokens(len(texts)), content, way.draw)
 
 
-def reason_query(template: Template, due: Due, max_tokens: int, temperature: float, draw: int) -> TextQuery:
+def reason_query(template: Template, due: Due, way: Way, max_tokens: int, temperature: float) -> TextQuery:
     """The question for reasons and then a verdict."""
-    texts = tier_texts(due.criterion)
+    texts = way.order(tier_texts(due.criterion))
     reference = _reference(due)
     parts = render_tier(template, due.item.prompt, due.item.response, due.criterion.description, texts, reference)
-    content = _content("reason", template, due, due.criterion.id)
-    return TextQuery(tuple(parts), content, max_tokens, temperature, draw)
+    content = _content("reason", template, due, way, due.criterion.id)
+    return TextQuery(tuple(parts), content, max_tokens, temperature, way.draw)
 
 
-def all_query(template: Template, dues: Sequence[Due], max_tokens: int, temperature: float, draw: int) -> TextQuery:
+def all_query(template: Template, dues: Sequence[Due], way: Way, max_tokens: int, temperature: float) -> TextQuery:
     """The question for all `dues`, which are criteria of one item."""
     first = dues[0]
-    criteria = [(due.criterion.description, tier_texts(due.criterion)) for due in dues]
+    criteria = [(due.criterion.description, way.order(tier_texts(due.criterion))) for due in dues]
     reference = next((r for due in dues if (r := _reference(due)) is not None), None)
     parts = render_all(template, first.item.prompt, first.item.response, criteria, reference)
-    content = _content("all", template, first, *(due.criterion.id for due in dues))
-    return TextQuery(tuple(parts), content, max_tokens, temperature, draw)
+    content = _content("all", template, first, way, *(due.criterion.id for due in dues))
+    return TextQuery(tuple(parts), content, max_tokens, temperature, way.draw)
 
 
-def read_reasoned(criterion: Criterion, replies: Sequence[TextReply]) -> Drawn:
+def read_reasoned(criterion: Criterion, replies: Sequence[TextReply], way: Way) -> Drawn:
     """The verdict of reasoned replies, one a draw."""
     signs = tier_tokens(len(criterion.tier_values))
-    tiers = [None if r.text is None else parse_reasoned(r.text, signs) for r in replies]
+    listed = [None if r.text is None else parse_reasoned(r.text, signs) for r in replies]
+    tiers = [way.tier(place, len(signs)) for place in listed]
     return _median(criterion, tiers, replies)
 
 
-def read_all(criteria: Sequence[Criterion], replies: Sequence[TextReply]) -> list[Drawn]:
+def read_all(criteria: Sequence[Criterion], replies: Sequence[TextReply], way: Way) -> list[Drawn]:
     """One verdict a criterion of one-for-all replies, one reply a draw."""
     signs = [tier_tokens(len(c.tier_values)) for c in criteria]
     rows = [[None] * len(criteria) if r.text is None else parse_all(r.text, signs) for r in replies]
-    return [_median(c, [row[k] for row in rows], replies) for k, c in enumerate(criteria)]
+    return [_median(c, [way.tier(row[k], len(signs[k])) for row in rows], replies) for k, c in enumerate(criteria)]
 
 
 def _median(criterion: Criterion, tiers: Sequence[int | None], replies: Sequence[TextReply]) -> Drawn:
@@ -103,6 +130,6 @@ def _reference(due: Due) -> str | None:
     return due.item.rubric.reference if due.criterion.needs_reference else None
 
 
-def _content(mode: Mode, template: Template, due: Due, *criteria: str) -> str:
-    item = due.item
-    return content_hash(mode, template.hash, item.rubric.hash, item.prompt, item.response, *criteria)
+def _content(mode: Mode, template: Template, due: Due, way: Way, *criteria: str) -> str:
+    item, order = due.item, "highest first" if way.highest_first else "lowest first"
+    return content_hash(mode, order, template.hash, item.rubric.hash, item.prompt, item.response, *criteria)

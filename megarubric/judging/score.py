@@ -93,9 +93,8 @@ class _Line(msgspec.Struct, frozen=True):
 class ResponseReader:
     """Turns lines into `JudgeItem`s; rubrics come from `corpus` by id, or inline."""
 
-    def __init__(self, corpus: Corpus, where: str) -> None:
+    def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
-        self._where = where
         self._inline: collections.OrderedDict[bytes, Rubric] = collections.OrderedDict()
 
     def read(self, number: int, raw: bytes) -> _Line:
@@ -185,7 +184,7 @@ async def score_file(
     so far. Raises BadInput when a file cannot be read or written.
     """
     corpus = load_rubrics(rubrics)
-    reader = ResponseReader(corpus, str(responses))
+    reader = ResponseReader(corpus)
     summary = ScoreSummary()
     under_way: collections.deque[tuple[int, asyncio.Task[list[Score]]]] = collections.deque()
 

@@ -12,7 +12,7 @@ from megarubric.errors import BadInput
 from megarubric.judging.cache import CachedBackend, JudgeCache
 from megarubric.judging.calibration import Calibration, Map
 from megarubric.judging.judge import Judge, JudgeSettings
-from megarubric.judging.modes import Due, all_query, reason_query
+from megarubric.judging.modes import Due, Way, all_query, reason_query
 from megarubric.judging.parser import parse_all, parse_pair_scores, parse_reasoned, parse_tier, parse_tier_json
 from megarubric.judging.prompt import load_template, plain_text
 from megarubric.judging.types import JudgeItem, Judgement, TextQuery, TextReply, TierQuery, TierReply
@@ -250,8 +250,9 @@ def test_queries_of_different_modes_have_different_names() -> None:
     due = Due(0, ITEM, RUBRIC.criteria[0])
     template = load_template("reason")
     names = {
-        reason_query(template, due, 10, 0.0, 0).content,
-        reason_query(load_template("tier"), due, 10, 0.0, 0).content,
-        all_query(load_template("all"), [due], 10, 0.0, 0).content,
+        reason_query(template, due, Way(), 10, 0.0).content,
+        reason_query(template, due, Way(highest_first=True), 10, 0.0).content,
+        reason_query(load_template("tier"), due, Way(), 10, 0.0).content,
+        all_query(load_template("all"), [due], Way(), 10, 0.0).content,
     }
-    assert len(names) == 3
+    assert len(names) == 4
