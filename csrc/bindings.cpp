@@ -14,7 +14,7 @@
 #include "ops.h"
 #include "rubric_table.h"
 
-#if defined(MEGARUBRIC_CUDA)
+#if defined(MEGARUBRIC_CUDA) && !defined(MEGARUBRIC_HOST_DEVICE)
 // Weak: a CPU-only torch does not have it, and never calls it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
@@ -54,6 +54,8 @@ void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
 }
 
+#if !defined(MEGARUBRIC_HOST_DEVICE)
+
 const cpu::Kernels kKernels[] = {
 #if defined(__x86_64__)
     {"avx512", avx512::aggregate, avx512::tier_expectation},
@@ -84,7 +86,9 @@ std::atomic<const cpu::Kernels*> chosen_kernels{find_kernels(nullptr)};  // the 
 
 const cpu::Kernels& kernels() { return *chosen_kernels.load(); }
 
-#if defined(MEGARUBRIC_CUDA)
+#endif
+
+#if defined(MEGARUBRIC_CUDA) && !defined(MEGARUBRIC_HOST_DEVICE)
 void* current_stream(const Tensor& t) {
   void* stream = nullptr;
   require(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
@@ -114,12 +118,14 @@ struct AggregateInputs {
       require(mask->numel() == scores.numel(), "mask and scores differ in length");
       args.mask = data<uint8_t>(*mask);
     }
+    if (reinterpret_cast<uintptr_t>(table.data_ptr()) % 16 != 0) table = torch::stable::clone(table);  // a view
+    require(reinterpret_cast<uintptr_t>(table.data_ptr()) % 16 == 0, "table is not aligned to 16 bytes");
     args.n = rubric.numel();
     args.nnz = scores.numel();
     require(offsets.numel() == args.n + 1, "offsets must have one entry more than rubric_index");
     args.n_tables = static_cast<int32_t>(table_dim == 2 ? table.size(0) : 1);
     args.table_words = table.size(table_dim - 1);
-    require(args.table_words >= 8 && args.n_tables >= 1, "table is empty");
+    require(args.table_words >= 8 && args.table_words % 4 == 0 && args.n_tables >= 1, "table was not made by pack_rubrics");
     args.scores = data<float>(scores);
     args.offsets = data<int64_t>(offsets);
     args.rubric = data<int32_t>(rubric);
@@ -263,13 +269,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_tiers(const Tensor& rows_in, cons
 }
 
 // One wrapper per op and device; `Device` supplies the launches.
+#if defined(MEGARUBRIC_HOST_DEVICE)
+struct Host {  // the .cu files compiled for the CPU: tests only
+  static void aggregate(const AggregateArgs& a, const Tensor&) { cuda::aggregate(a, nullptr); }
+  static void advantages(const AdvantageArgs& a, const Tensor&) { cuda::group_advantages(a, nullptr); }
+  static void tiers(const TierArgs& a, const Tensor&) { cuda::tier_expectation(a, nullptr); }
+};
+#else
 struct Cpu {
   static void aggregate(const AggregateArgs& a, const Tensor&) { kernels().aggregate(a, parallel); }
   static void advantages(const AdvantageArgs& a, const Tensor&) { cpu::group_advantages(a, parallel); }
   static void tiers(const TierArgs& a, const Tensor&) { kernels().tier_expectation(a, parallel); }
 };
+#endif
 
-#if defined(MEGARUBRIC_CUDA)
+#if defined(MEGARUBRIC_CUDA) && !defined(MEGARUBRIC_HOST_DEVICE)
 struct Cuda {
   static void aggregate(const AggregateArgs& a, const Tensor& on) { cuda::aggregate(a, current_stream(on)); }
   static void advantages(const AdvantageArgs& a, const Tensor& on) { cuda::group_advantages(a, current_stream(on)); }
@@ -324,10 +338,8 @@ void implement(Library& m) {
   m.impl("tier_expectation_logits", TORCH_BOX(&tier_expectation_logits<Device>));
 }
 
-}  // namespace
-}  // namespace megarubric
-
-STABLE_TORCH_LIBRARY(megarubric, m) {
+template <class Library>
+void define(Library& m) {
   m.def(
       "aggregate(Tensor scores, Tensor? mask, Tensor offsets, Tensor rubric_index, Tensor table, bool attribution, "
       "int max_pairs) -> (Tensor reward, Tensor valid, Tensor vetoed, Tensor veto, Tensor r0, Tensor r1, "
@@ -349,6 +361,17 @@ STABLE_TORCH_LIBRARY(megarubric, m) {
       "(Tensor value, Tensor entropy, Tensor mass, Tensor read)");
 }
 
+}  // namespace
+}  // namespace megarubric
+
+#if defined(MEGARUBRIC_HOST_DEVICE)
+
+STABLE_TORCH_LIBRARY(megarubric_host, m) { megarubric::define(m); }
+STABLE_TORCH_LIBRARY_IMPL(megarubric_host, CPU, m) { megarubric::implement<megarubric::Host>(m); }
+
+#else
+
+STABLE_TORCH_LIBRARY(megarubric, m) { megarubric::define(m); }
 STABLE_TORCH_LIBRARY_IMPL(megarubric, CPU, m) { megarubric::implement<megarubric::Cpu>(m); }
 
 #if defined(MEGARUBRIC_CUDA)
@@ -374,3 +397,5 @@ extern "C" __attribute__((visibility("default"))) const char* megarubric_cuda_ar
   return "";
 #endif
 }
+
+#endif

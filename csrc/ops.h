@@ -90,7 +90,7 @@ MEGARUBRIC_DECLARE_KERNELS(avx512)
 #endif
 #undef MEGARUBRIC_DECLARE_KERNELS
 
-#if defined(MEGARUBRIC_CUDA)
+#if defined(MEGARUBRIC_CUDA) || defined(MEGARUBRIC_HOST_DEVICE) || defined(__CUDACC__)
 namespace cuda {
 // `stream` is a cudaStream_t. They only enqueue work (graph-capturable) and throw std::runtime_error on a launch error.
 void aggregate(const AggregateArgs&, void* stream);

@@ -14,7 +14,7 @@
 #endif
 
 #if defined(__CUDACC__)
-#define MR_INLINE __device__ __forceinline__
+#define MR_INLINE __device__ __forceinline__  // these headers only ever run on the device there
 #else
 #define MR_INLINE inline __attribute__((always_inline))
 #endif

@@ -11,7 +11,7 @@ namespace megarubric {
 
 constexpr int32_t kTableMagic = 0x4d525432;  // "MRT2"
 
-struct TableHeader {
+struct alignas(16) TableHeader {
   int32_t magic;
   int32_t n_rubrics;
   int32_t max_criteria;
@@ -27,7 +27,7 @@ enum RubricFlags : int32_t {
   kMissingVetoUnscores = 8  // on_missing_veto: unscored (neither bit: pass)
 };
 
-struct RubricRecord {
+struct alignas(16) RubricRecord {
   int32_t n_criteria;
   int32_t n_pairs;
   int32_t criteria;  // word offset of the first CriterionRecord
@@ -42,7 +42,7 @@ struct RubricRecord {
 
 enum CriterionFlags : int32_t { kSaturates = 1, kVeto = 2, kFailsHigh = 4 };
 
-struct CriterionRecord {
+struct alignas(16) CriterionRecord {
   float weight;
   float ceiling_weight;  // weight * g(1) where weight > 0, else 0
   float theta;
@@ -55,7 +55,7 @@ struct CriterionRecord {
 
 enum PairKind : int32_t { kProduct = 0, kMin = 1, kGap = 2 };
 
-struct PairRecord {
+struct alignas(16) PairRecord {
   uint16_t a;
   uint16_t b;
   int32_t kind;
