@@ -125,7 +125,7 @@ def _parse_row(path: Path, where: str, line: str, corpora: Sequence[Corpus]) -> 
         raise BadInput(path, where, f"the last turn is {messages[-1].role}'s; it is the user's that is answered")
     if isinstance(row.rubric, str):
         for corpus in corpora:
-            if row.rubric in {rubric.id for rubric in corpus}:
+            if row.rubric in corpus:
                 return PromptRow(row.id, messages, corpus.get(row.rubric))
         raise BadInput(path, where, f"rubric {row.rubric} is in none of the rubric files")
     return PromptRow(row.id, messages, parse_rubric(row.rubric, f"{path}: {where}"))

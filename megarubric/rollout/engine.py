@@ -37,25 +37,31 @@ if TYPE_CHECKING:
 
 
 def read_config(path: Path) -> EngineConfig:
-    """The `EngineConfig` in a JSON file. Raises BadInput, also when its model directory cannot be an engine's."""
+    """The `EngineConfig` in a JSON file. Raises BadInput, also when the model directory does not fit it."""
     try:
         config = msgspec.json.decode(path.read_bytes(), type=EngineConfig)
     except OSError as error:
         raise BadInput(path, None, error.strerror or str(error)) from error
     except (msgspec.MsgspecError, ValueError) as error:
         raise BadInput(path, None, str(error)) from error
-    model_config = Path(config.model_dir) / "config.json"
+    _check_model(config)
+    return config
+
+
+def _check_model(config: EngineConfig) -> None:
+    """Refuse at once what vLLM would refuse after ten seconds of importing."""
     try:
-        architectures = json.loads(model_config.read_text())["architectures"]
+        model = json.loads((Path(config.model_dir) / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(model["architectures"], list):
+            raise TypeError("`architectures` is not a list")
     except OSError as error:
         raise BadInput(config.model_dir, "config.json", error.strerror or str(error)) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            config.model_dir, "config.json", f"no model configuration with architectures: {error}"
-        ) from error
-    if not isinstance(architectures, list) or not architectures:
-        raise BadInput(config.model_dir, "config.json", "names no architecture")
-    return config
+        raise BadInput(config.model_dir, "config.json", f"not a model configuration: {error}") from error
+    longest = model.get("max_position_embeddings")
+    scaled = model.get("rope_scaling") or (model.get("rope_parameters") or {}).get("rope_type", "default") != "default"
+    if isinstance(longest, int) and config.max_model_len > longest and not scaled:
+        raise BadInput(config.model_dir, "max_model_len", f"{config.max_model_len}, the model reads {longest} tokens")
 
 
 def on_cpu(config: EngineConfig) -> bool:
@@ -67,6 +73,10 @@ def on_cpu(config: EngineConfig) -> bool:
         cpu = False
     if config.device not in ("auto", "cpu" if cpu else "cuda"):
         raise BadInput("engine config", "device", f"{config.device}, but vLLM is built for {'cpu' if cpu else 'cuda'}")
+    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if cpu and config.kv_cache_gib > memory_gib:
+        reason = f"{config.kv_cache_gib:g} GiB, this machine has {memory_gib:.1f} GiB of memory"
+        raise BadInput("engine config", "kv_cache_gib", reason)
     return cpu
 
 
@@ -121,6 +131,7 @@ def build_engine(config: EngineConfig, cpu: bool) -> LLMEngine:
         generation_config="vllm",  # no sampling defaults from the model directory
         logprobs_mode="raw_logprobs",  # before temperature and top-p: comparable with a trainer's log-softmax
         max_logprobs=-1,
+        use_tqdm_on_load=False,
         disable_log_stats=True,
         worker_extension_cls=f"{vllm_backend.__name__}.{vllm_backend.WorkerExtension.__name__}",
         weight_transfer_config=WeightTransferConfig(backend=vllm_backend.BACKEND),

@@ -117,6 +117,7 @@ class Sampler:
             return Sample(group, index, prompt, request.seed, completion)
 
         running: set[asyncio.Task[Sample]] = set()
+        done: set[asyncio.Task[Sample]] = set()
         try:
             while waiting or running:
                 while waiting and (not running or len(running) + len(waiting[0]) <= self.window):
@@ -128,3 +129,4 @@ class Sampler:
         finally:
             for task in running:
                 task.cancel()
+            await asyncio.gather(*running, *done, return_exceptions=True)

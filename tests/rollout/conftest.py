@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -13,11 +14,11 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_moe import make_model, write_config
-
 from megarubric.launch.supervisor import last_words
 from megarubric.rollout.client import EngineClient
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 Run = Callable[[Awaitable[Any]], Any]
 
@@ -28,18 +29,15 @@ class Engine:
     def __init__(self, directory: Path, model_dir: Path, **settings: object) -> None:
         self.model_dir, self.version = model_dir, 0
         self.log = directory / "engine.log"
-        config = write_config(
-            directory / "engine.json",
-            **{
-                "model_dir": str(model_dir),
-                "dtype": "float32",
-                "max_model_len": 256,
-                "max_num_seqs": 32,
-                "block_size": 32,
-                "kv_cache_gib": 0.05,
-                **settings,
-            },
-        )
+        config = directory / "engine.json"
+        defaults = {
+            "dtype": "float32",
+            "max_model_len": 256,
+            "max_num_seqs": 32,
+            "block_size": 32,
+            "kv_cache_gib": 0.05,
+        }
+        config.write_text(json.dumps({"model_dir": str(model_dir), **defaults, **settings}))
         endpoint = f"ipc://{directory}/engine"
         command = [sys.executable, "-m", "megarubric.rollout.engine", "--endpoint", endpoint, "--config", str(config)]
         with self.log.open("wb") as out:
@@ -51,13 +49,14 @@ class Engine:
         code = self.process.poll()
         return None if code is None else f"engine ended with status {code}: {last_words(self.log)}"
 
-    def stop(self) -> None:
+    def stop(self) -> int:
+        """End the process by SIGTERM, by force if need be; its exit status."""
         self.process.terminate()
         try:
-            self.process.wait(20)
+            return self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            return self.process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +69,8 @@ def run() -> Iterator[Run]:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three random models of the same shape."""
+    from tiny_moe import make_model  # imports torch and transformers: only for the tests that need a model
+
     return [make_model(tmp_path_factory.mktemp(f"model{i}"), seed=i) for i in range(3)]
 
 
@@ -80,14 +81,26 @@ def socket_directory() -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.fixture(scope="session")
-def engine(run: Run, tiny_models: list[Path]) -> Iterator[Engine]:
-    """A policy engine in float32; tests that update its weights keep `model_dir` and `version` in step."""
+def serve(run: Run, model_dir: Path, **settings: object) -> Iterator[Engine]:
+    """A running engine; when the tests are through it must end cleanly on SIGTERM."""
     with tempfile.TemporaryDirectory(prefix="mr-") as directory:
-        engine = Engine(Path(directory), tiny_models[0])
+        engine = Engine(Path(directory), model_dir, **settings)
         try:
-            run(engine.client.ready(timeout_s=float(os.environ.get("MEGARUBRIC_TEST_START_S", "180"))))
+            run(engine.client.ready(timeout_s=180))
             yield engine
             run(engine.client.close())
         finally:
-            engine.stop()
+            status = engine.stop()
+        assert status == 0, f"SIGTERM: engine ended with status {status}"
+
+
+@pytest.fixture(scope="session")
+def engine(run: Run, tiny_models: list[Path]) -> Iterator[Engine]:
+    """A policy engine in float32; tests that update its weights keep `model_dir` and `version` in step."""
+    yield from serve(run, tiny_models[0])
+
+
+@pytest.fixture(scope="module")
+def direct_engine(run: Run, tiny_models: list[Path]) -> Iterator[Engine]:
+    """An engine that loads buckets as they come, without a copy of its own."""
+    yield from serve(run, tiny_models[0], staging="direct", role="judge")

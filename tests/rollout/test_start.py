@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 import zmq
-from tiny_moe import write_config
+
+
+def write_config(path: Path, **settings: object) -> Path:
+    path.write_text(json.dumps(settings))
+    return path
 
 
 def start(config: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
@@ -50,7 +54,7 @@ def test_a_port_in_use_is_one_line(tmp_path, tiny_models, socket_directory):
     context = zmq.Context()
     taken = context.socket(zmq.ROUTER)
     port = taken.bind_to_random_port("tcp://127.0.0.1")
-    config = write_config(tmp_path / "engine.json", model_dir=str(tiny_models[0]))
+    config = write_config(tmp_path / "engine.json", model_dir=str(tiny_models[0]), max_model_len=256)
     result = start(config, f"tcp://127.0.0.1:{port}")
     assert result.returncode == 2 and "CURVE keys" in result.stderr
     from megarubric.exchange.rpc import CurveKeys
@@ -77,7 +81,7 @@ def test_a_model_that_vllm_cannot_load_ends_with_one_line(tmp_path, tiny_models,
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "vocab_size": 640}))
     result = start(
-        write_config(tmp_path / "engine.json", model_dir=str(broken), dtype="float32", kv_cache_gib=0.05),
+        write_config(tmp_path / "engine.json", model_dir=str(broken), max_model_len=256, kv_cache_gib=0.05),
         f"ipc://{socket_directory}/e",
     )
     assert result.returncode == 2
@@ -86,31 +90,27 @@ def test_a_model_that_vllm_cannot_load_ends_with_one_line(tmp_path, tiny_models,
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.engine
-def test_a_context_longer_than_the_models_ends_with_one_line(tmp_path, tiny_models, socket_directory):
-    config = write_config(tmp_path / "engine.json", model_dir=str(tiny_models[0]), dtype="float32", max_model_len=4096)
-    result = start(config, f"ipc://{socket_directory}/e")
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"max_model_len": 4096}, "max_model_len: 4096, the model reads 1024 tokens"),
+        ({"max_model_len": 256, "kv_cache_gib": 1e6}, "engine config: kv_cache_gib: 1e+06 GiB, this machine has"),
+        ({"max_model_len": 256, "device": "cuda"}, "engine config: device: cuda, but vLLM is built for cpu"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_vllm_is_loaded(tmp_path, tiny_models, socket_directory, settings, reason):
+    result = start(
+        write_config(tmp_path / "engine.json", model_dir=str(tiny_models[0]), **settings),
+        f"ipc://{socket_directory}/e",
+    )
     assert result.returncode == 2
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("engine: ") and "max_model_len (4096)" in last
-    assert "Traceback" not in result.stderr
-
-
-@pytest.mark.engine
-def test_more_kv_cache_than_memory_ends_with_one_line(tmp_path, tiny_models, socket_directory):
-    settings = {"dtype": "float32", "kv_cache_gib": 1_000_000.0, "max_model_len": 256}
-    config = write_config(tmp_path / "engine.json", model_dir=str(tiny_models[0]), **settings)
-    result = start(config, f"ipc://{socket_directory}/e")
-    assert result.returncode == 2
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("engine: ") and "1000000.0" in last
-    assert "Traceback" not in result.stderr
+    assert reason in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.engine
 def test_the_engine_dies_with_its_parent(tmp_path, tiny_models, socket_directory):
     """Not even kill -9 of whoever started it leaves an engine behind."""
-    config = write_config(tmp_path / "engine.json", model_dir=str(tiny_models[0]), dtype="float32", kv_cache_gib=0.05)
+    config = write_config(tmp_path / "engine.json", model_dir=str(tiny_models[0]), max_model_len=256)
     command = [sys.executable, "-m", "megarubric.rollout.engine", "--config", str(config)]
     command += ["--endpoint", f"ipc://{socket_directory}/e"]
     parent = subprocess.Popen(
@@ -120,13 +120,16 @@ def test_the_engine_dies_with_its_parent(tmp_path, tiny_models, socket_directory
         stdout=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    assert parent.stdout is not None
-    engine = int(parent.stdout.readline())
-    while not (socket_directory / "e").exists():  # past the point where it asked to die with its parent
-        assert parent.poll() is None
-        time.sleep(0.05)
-    parent.kill()
-    parent.wait()
+    try:
+        assert parent.stdout is not None
+        engine = int(parent.stdout.readline())
+        deadline = time.monotonic() + 60
+        while not (socket_directory / "e").exists():  # past the point where it asked to die with its parent
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.wait()
     for _ in range(200):
         try:
             state = Path(f"/proc/{engine}/stat").read_text().rpartition(")")[2].split()[0]
@@ -138,22 +141,3 @@ def test_the_engine_dies_with_its_parent(tmp_path, tiny_models, socket_directory
     else:
         os.kill(engine, signal.SIGKILL)
         pytest.fail("the engine outlived its parent by 10 s")
-
-
-@pytest.mark.engine
-def test_sigterm_ends_the_engine_with_status_0(engine, run, tmp_path, tiny_models, socket_directory):
-    from conftest import Engine
-
-    from megarubric.errors import ProcessDied
-    from megarubric.rollout.messages import Shutdown
-
-    other = Engine(socket_directory, tiny_models[0])
-    try:
-        run(other.client.ready(timeout_s=180))
-        other.process.terminate()
-        assert other.process.wait(20) == 0
-        with pytest.raises(ProcessDied, match="engine ended with status 0"):
-            run(other.client._rpc.call(Shutdown()))
-        run(other.client.close())
-    finally:
-        other.stop()

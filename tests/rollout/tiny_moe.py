@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +76,3 @@ def log_softmax(directory: Path, ids: NDArray[np.int32]) -> NDArray[np.float32]:
 def token_logprobs(directory: Path, ids: NDArray[np.int32]) -> NDArray[np.float32]:
     """Log-probability of each token of `ids` given those before it, from the second on: float32 [len(ids) - 1]."""
     return log_softmax(directory, ids)[np.arange(len(ids) - 1), ids[1:]]
-
-
-def write_config(path: Path, **settings: object) -> Path:
-    path.write_text(json.dumps(settings))
-    return path
