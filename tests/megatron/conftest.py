@@ -20,7 +20,7 @@ Ranks = Callable[..., list[Any]]
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """``ranks(world, function, timeout_s=60, **kwargs)``: arguments and results are JSON.
+    """``ranks(world, function, timeout_s=240, **kwargs)``: arguments and results are JSON.
 
     The function runs in its own copy of the test file, in a fresh process a rank, with RANK, WORLD_SIZE and the
     rendezvous set; a failing or stuck rank fails the test with the end of its log, and no process is left.
@@ -42,7 +42,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     )
     assert server.stdin is not None and server.stdout is not None
 
-    def run(world: int, function: Callable[..., Any], *, timeout_s: float = 60, **kwargs: Any) -> list[Any]:
+    def run(world: int, function: Callable[..., Any], *, timeout_s: float = 240, **kwargs: Any) -> list[Any]:
         scratch = tmp_path_factory.mktemp(function.__name__)
         job = {
             "world": world,

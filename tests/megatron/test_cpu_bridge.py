@@ -60,7 +60,7 @@ def answers_of_the_bridge() -> dict[str, Any]:
 
     from megarubric.megatron.parallel import ParallelLayout, initialize, shutdown
 
-    initialize(ParallelLayout(ep=2), seed=9, timeout_s=50)
+    initialize(ParallelLayout(ep=2), seed=9, timeout_s=200)
     rank = dist.get_rank()
     answer: dict[str, Any] = {}
 

@@ -114,7 +114,7 @@ def train_once(
     from megarubric.megatron.parallel import ParallelLayout, initialize, shutdown
 
     degrees = ParallelLayout(**layout)
-    initialize(degrees, timeout_s=50)
+    initialize(degrees, timeout_s=200)
     answer = {name: check_model(Path(directory) / name, degrees, options, kinds, Path(out) / name) for name in names}
     shutdown()
     return answer
@@ -215,7 +215,7 @@ def run_schedule(chunks: list[Any], vocab_size: int, layout: Any, reference: dic
 @pytest.fixture(scope="module")
 def reference(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("reference")
-    (losses,) = ranks(1, make_reference, directory=str(directory), timeout_s=120)
+    (losses,) = ranks(1, make_reference, directory=str(directory), timeout_s=240)
     return {"directory": directory, "losses": losses}
 
 
@@ -252,7 +252,7 @@ def test_layout_is_the_same_model(
     # Gradient buffers either whole on each rank or, for Megatron's distributed optimizer, reduced to each rank's shard.
     kinds = ["replicated", "distributed"] if layout in SHARDED else ["replicated"]
     job = {"directory": str(directory), "layout": layout, "options": options, "names": names, "kinds": kinds}
-    answers = ranks(world, train_once, timeout_s=90, out=str(tmp_path), **job)
+    answers = ranks(world, train_once, timeout_s=240, out=str(tmp_path), **job)
     for name in names:
         source = load_file(directory / name / "model.safetensors")
         truth = load_file(directory / name / "reference.safetensors.ref")

@@ -174,7 +174,7 @@ def behave(seed: int) -> dict[str, Any]:
     from megarubric.megatron.weights import init_weights
 
     layout = ParallelLayout(tp=2)
-    initialize(layout, timeout_s=50)
+    initialize(layout, timeout_s=200)
     answer: dict[str, Any] = {"refused": []}
     ids = torch.randint(TINY["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(seed))
     packed_ids, ends = ids.reshape(1, 24), torch.tensor([0, 12, 24], dtype=torch.int32)

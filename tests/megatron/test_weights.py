@@ -244,7 +244,7 @@ def draw_and_export(layout: dict[str, int], dtype: str, out: str) -> list[str]:
     from megarubric.megatron.weights import export_hf, init_weights, load_hf
 
     degrees = ParallelLayout(**layout)
-    initialize(degrees, timeout_s=50)
+    initialize(degrees, timeout_s=200)
     models = build_model(HF, degrees, dtype=getattr(torch, dtype))
     init_weights(models, HF, degrees, seed=7)
     export_hf(models, f"{out}/first", HF, degrees)
