@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/tiny-qwen3-moe"))
     parser.add_argument("--answers", type=int, default=64)
-    parser.add_argument("--sentences", type=int, default=18, help="sentences in an answer")
+    parser.add_argument("--sentences", type=int, default=36, help="sentences in an answer")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--block", type=int, default=32, help="tokens in a KV block, the grain of sharing")
     parser.add_argument("--threads", type=int, default=2)
