@@ -1,8 +1,10 @@
 """The aggregation op against eager torch and against the time to stream the same bytes.
 
-    python benchmarks/reward_ops.py [--samples 1000000] [--criteria 16] [--pairs 8] [--device cpu|cuda] [--json FILE]
+    python benchmarks/reward_ops.py [--samples 1000000] [--criteria 16] [--pairs 8] [--plain] [--device cpu|cuda]
+                                    [--rounds 7] [--json FILE]
 
-One rubric, every criterion saturated, `--pairs` pairs of all kinds, one veto, shaping, 10% of the scores masked. Three
+One rubric, every criterion saturated (none with --plain), pairs of all kinds, one veto, shaping, 10% of the scores
+masked. Three
 things are timed in turn, round by round, and the best round of each is reported: the op; a torch implementation that
 works on whole [N, K] matrices (no Python loop over samples; in-place where that helps); and reading every input byte
 once and writing every output byte once. First it is checked that op and torch agree.
@@ -16,6 +18,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace as Plain
 from typing import Any
 
 import torch
@@ -24,35 +27,31 @@ from torch import Tensor
 from megarubric.reward import ops
 from megarubric.reward.constants import RubricConstants
 from megarubric.reward.table import RubricTable, pack_rubrics
-from megarubric.rubrics import parse_rubric
 
 
-def make_table(n_criteria: int, n_pairs: int) -> RubricTable:
-    """One rubric with every mechanism in it."""
+def make_table(n_criteria: int, n_pairs: int, saturated: bool = True) -> RubricTable:
+    """One rubric with every mechanism in it. Plain objects in the place of `Rubric`: this runs with torch alone."""
     kinds = ("product", "min", "gap")
     criteria = [
-        {
-            "id": f"c{k}",
-            "description": "A criterion.",
-            "weight": -0.25 if k % 8 == 7 else 0.5 + k % 3,
-            "saturation": {"theta": 0.3 + 0.05 * (k % 8), "beta": 1.0 + k % 4},
-            **({"veto": {"threshold": 0.02}} if k == 0 else {}),
-        }
+        Plain(
+            id=f"c{k}",
+            weight=-0.25 if k % 8 == 7 else 0.5 + k % 3,
+            saturation=Plain(theta=0.3 + 0.05 * (k % 8), beta=1.0 + k % 4) if saturated else None,
+            veto=Plain(threshold=0.02, detector=False) if k == 0 else None,
+        )
         for k in range(n_criteria)
     ]
+    joined = [(j % n_criteria, (3 * j + 1) % n_criteria, j % 3) for j in range(n_pairs)]
     pairs = [
-        {
-            "a": f"c{j % n_criteria}",
-            "b": f"c{(3 * j + 1) % n_criteria}",
-            "kind": kinds[j % 3],
-            "weight": 0.3 - 0.5 * (j % 3 == 2),
-        }
-        for j in range(n_pairs)
-        if j % n_criteria != (3 * j + 1) % n_criteria
+        Plain(a=f"c{a}", b=f"c{b}", kind=kinds[kind], weight=-0.2 if kinds[kind] == "gap" else 0.3)
+        for a, b, kind in joined
+        if a != b
     ]
-    shaping = {"kappa": 0.6, "alpha": 1.0, "power": 2.5}
-    rubric = {"id": "bench", "criteria": criteria, "pairs": pairs, "shaping": shaping, "on_missing_veto": "pass"}
-    return pack_rubrics([parse_rubric(rubric, "benchmark")])
+    shaping = Plain(kappa=0.6, alpha=1.0, power=2.5)
+    rubric: Any = Plain(
+        id="bench", criteria=criteria, pairs=pairs, shaping=shaping, on_missing_veto="pass", veto_reward=0.0
+    )
+    return pack_rubrics([rubric])
 
 
 class EagerTorch:
@@ -63,6 +62,7 @@ class EagerTorch:
             return torch.tensor([float(v) for v in values], device=device)
 
         c, p = rubric.criteria, rubric.pairs
+        self.saturated = any(x.saturates for x in c)
         self.theta, self.rate, self.span = (column([getattr(x, n) for x in c]) for n in ("theta", "rate", "span"))
         self.weight, self.weight_ceiling = (
             column([x.weight for x in c]),
@@ -81,8 +81,11 @@ class EagerTorch:
         self.veto_reward = float(rubric.veto_reward)
 
     def __call__(self, s: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        over = (s - self.theta).clamp_(min=0)
-        g = torch.minimum(s, self.theta).sub_(over.mul_(self.rate).neg_().expm1_().mul_(self.span))
+        if self.saturated:
+            over = (s - self.theta).clamp_(min=0)
+            g = torch.minimum(s, self.theta).sub_(over.mul_(self.rate).neg_().expm1_().mul_(self.span))
+        else:
+            g = s.clone()
         m = mask.to(torch.float32)
         g.mul_(m)
         numerator, denominator = g @ self.weight, m @ self.weight_ceiling
@@ -151,11 +154,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--plain", action="store_true", help="no criterion saturates")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     torch.manual_seed(0)
     n, k = a.samples, a.criteria
-    table = make_table(k, a.pairs)
+    table = make_table(k, a.pairs, not a.plain)
     scores = torch.rand(n, k, device=a.device)
     mask = torch.rand(n, k, device=a.device) > 0.1
     offsets = torch.arange(0, n * k + 1, k, device=a.device)
@@ -182,6 +186,7 @@ def main() -> None:
         "samples": n,
         "criteria": k,
         "pairs": len(table.rubrics[0].pairs),
+        "saturated": not a.plain,
         "bytes": stream.nbytes,
         "seconds": seconds,
         "gigabytes_per_second": {x: stream.nbytes / s / 1e9 for x, s in seconds.items() if x != "eager torch"},

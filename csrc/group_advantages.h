@@ -45,19 +45,22 @@ MR_HOST_DEVICE GroupSpread group_spread(const AdvantageArgs& a, int64_t begin, i
   return out;
 }
 
-MR_HOST_DEVICE void group_advantages_of(const AdvantageArgs& a, int64_t group) {
+// Plain rewards [n].
+MR_HOST_DEVICE void reward_advantages(const AdvantageArgs& a, int64_t group) {
   const int64_t begin = a.group_offsets[group], end = a.group_offsets[group + 1];
-  if (a.weights == nullptr) {
-    const GroupSpread spread = group_spread(a, begin, end, 0);
-    const double divisor = a.standardize ? spread.std + 1e-6 : 1.0;
-    for (int64_t at = begin; at < end; ++at) {
-      const int64_t i = a.order ? a.order[at] : at;
-      const bool counts = a.valid[i] && !spread.degenerate;
-      a.advantages[i] = counts ? (float)(((double)a.values[i] - spread.mean) / divisor) : 0.0f;
-    }
-    a.degenerate[group] = spread.degenerate;
-    return;
+  const GroupSpread spread = group_spread(a, begin, end, 0);
+  const double divisor = a.standardize ? spread.std + 1e-6 : 1.0;
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t i = a.order ? a.order[at] : at;
+    const bool counts = a.valid[i] && !spread.degenerate;
+    a.advantages[i] = counts ? (float)(((double)a.values[i] - spread.mean) / divisor) : 0.0f;
   }
+  a.degenerate[group] = spread.degenerate;
+}
+
+// Criterion scores [n, n_criteria], standardised one by one and summed with the group's weights.
+MR_HOST_DEVICE void objective_wise_advantages(const AdvantageArgs& a, int64_t group) {
+  const int64_t begin = a.group_offsets[group], end = a.group_offsets[group + 1];
   bool informative = false;
   for (int64_t at = begin; at < end; ++at) a.total[a.order ? a.order[at] : at] = 0.0;
   for (int32_t k = 0; k < a.n_criteria; ++k) {

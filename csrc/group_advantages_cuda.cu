@@ -8,9 +8,11 @@ namespace {
 
 constexpr int kThreads = 64;
 
+template <bool kObjectiveWise>
 __global__ void __launch_bounds__(kThreads) group_advantages_kernel(AdvantageArgs a) {
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (group < a.n_groups) group_advantages_of(a, group);
+  if (group >= a.n_groups) return;
+  kObjectiveWise ? objective_wise_advantages(a, group) : reward_advantages(a, group);
 }
 
 }  // namespace
@@ -18,7 +20,11 @@ __global__ void __launch_bounds__(kThreads) group_advantages_kernel(AdvantageArg
 void group_advantages(const AdvantageArgs& args, void* stream) {
   if (args.n_groups == 0) return;
   const unsigned blocks = static_cast<unsigned>((args.n_groups + kThreads - 1) / kThreads);
-  MR_LAUNCH(group_advantages_kernel, blocks, kThreads, 0, stream, args);
+  if (args.weights != nullptr) {
+    MR_LAUNCH(group_advantages_kernel<true>, blocks, kThreads, 0, stream, args);
+  } else {
+    MR_LAUNCH(group_advantages_kernel<false>, blocks, kThreads, 0, stream, args);
+  }
   check_launch("group_advantages");
 }
 
