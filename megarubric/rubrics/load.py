@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -49,14 +51,27 @@ def load_rubrics(path: str | os.PathLike[str]) -> Corpus:
     path = Path(path)
     rubrics: list[Rubric] = []
     sources: list[str] = []
-    for raw in read_raw(path):
-        if isinstance(raw, BadInput):
-            raise raw
-        rubrics.append(raw.parse())
-        sources.append(raw.source)
+    with _collector_at_rest():
+        for raw in read_raw(path):
+            if isinstance(raw, BadInput):
+                raise raw
+            rubrics.append(raw.parse())
+            sources.append(raw.source)
     if not rubrics:
         raise BadInput(path, None, "holds no rubric")
     return Corpus(rubrics, sources, str(path))
+
+
+@contextlib.contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Parsing makes millions of small objects and no cycles; the cycle collector walking them costs a third of it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def rubric_files(path: Path) -> list[Path]:
