@@ -1,8 +1,8 @@
 """HBQ-RS: modules of yes/no questions in trees of weighted groups, with hard gates.
 
-A question becomes a criterion with the tiers no and yes. Weights inside a group are kept in proportion; groups stand
-to each other as their own weights do. A hard gate becomes a veto without weight; a diagnostic question keeps weight 0;
-a ladder of cumulative thresholds becomes one criterion with a tier for each step.
+A question becomes a criterion with the tiers no and yes. Weights inside a group are kept in proportion; groups stand to
+each other as their own weights do. A hard gate becomes a veto without weight; a diagnostic question keeps weight 0; a
+ladder of cumulative thresholds becomes one criterion with a tier for each step.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ ABSENCE = re.compile(
     + words(
         r"no not without never none neither nor avoids? avoiding free_of only at_most no_more_than fewer_than",
         r"less_than refrains? omits? leaves_out instead_of rather_than doesn't don't isn't aren't cannot nothing",
-        "nowhere stays",
+        "nobody nowhere stays",
         r"correct correctly accurate accurately exact exactly right true factual wrong incorrect false error errors",
         r"invents? invented contradicts? consistent unsupported between under keeps_to limited absent restraint",
         "resists?",
