@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megarubric.errors import BadInput
 from megarubric.megatron import cpu
@@ -152,10 +153,11 @@ def load(trainer: Trainer, path: Path) -> str:
             if found_files[name] != file:
                 raise BadInput(path, name, "is corrupt: its hash is not the manifest's")
         _refuse_foreign_objects(path / "weights" / ".metadata")
-    loaded = dist_checkpointing.load(_state(trainer, loading=True), str(path / "weights"))
-    for number, chunk in enumerate(trainer.model.chunks):
-        chunk.module.load_state_dict(loaded[f"model{number}"], strict=True)
-    trainer.model.optimizer.load_state_dict(loaded["optimizer"])
+    with torch.no_grad():  # the optimizer's float32 shards are views of parameters
+        loaded = dist_checkpointing.load(_state(trainer, loading=True), str(path / "weights"))
+        for number, chunk in enumerate(trainer.model.chunks):
+            chunk.module.load_state_dict(loaded[f"model{number}"], strict=True)
+        trainer.model.load_optimizer(loaded["optimizer"])
     _set_random_state(loaded["random"])
     trainer.steps = manifest.steps
     return (path / "extra.json").read_text()
@@ -315,6 +317,8 @@ def _together(trainer: Trainer, path: Path, verb: str = "written") -> Iterator[N
     except (OSError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         message = msgspec.json.encode(["", f"cannot be {verb}: {reason}"])
+    except CheckpointException:  # raised on every rank when one could not write; its own text is a list of tracebacks
+        message = msgspec.json.encode(["", f"cannot be {verb}: a rank could not write its weights; is the disk full?"])
     failed = [m for m in _gather_bytes(trainer, message) if m]
     if failed:
         item, reason = msgspec.json.decode(failed[0], type=tuple[str, str])

@@ -96,6 +96,13 @@ class TrainedModel:
             if grads:
                 torch._foreach_mul_(grads, scale)
 
+    def load_optimizer(self, state: Any) -> None:
+        """Restore the optimizer from what dist_checkpointing loaded into its sharded state dict."""
+        self.optimizer.load_state_dict(state)
+        for part in self._parts():
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                _restore_steps(part.optimizer)
+
     def weights_changed(self) -> None:
         """Take the model's present weights as the optimizer's masters (after weights were written from outside)."""
         self.optimizer.reload_model_params()
@@ -113,3 +120,15 @@ def _start_state(optimizer: torch.optim.Optimizer) -> None:
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
+
+
+def _restore_steps(optimizer: torch.optim.AdamW) -> None:
+    """Give each parameter the step count that was loaded, as a tensor of its own.
+
+    Megatron 0.19 leaves two faults with torch's AdamW in the dp_reshardable format: it restores a group's step but then
+    copies the running optimizer's over the parameters' (0 in a new process: a wrong bias correction, silently), and all
+    parameters share one tensor, which then advances once a parameter.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p]["step"] = torch.tensor(float(group["step"]))

@@ -106,8 +106,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("world", "config"),
-    [(1, {}), (1, {"dtype": "bfloat16"}), (2, {"ep": 2}), (2, {"tp": 2}), (2, {"pp": 2})],
-    ids=["one rank", "one rank bf16", "EP2", "TP2", "PP2"],
+    [(1, {"dtype": "bfloat16"}), (2, {"ep": 2}), (2, {"pp": 2})],
+    ids=["one rank bf16", "EP2", "PP2"],
 )
 def test_two_and_two_steps_are_four_bit_for_bit(ranks, model_dir, tmp_path, world, config):
     path = str(tmp_path / "step_2")
@@ -118,7 +118,8 @@ def test_two_and_two_steps_are_four_bit_for_bit(ranks, model_dir, tmp_path, worl
     assert again["checksum"] == whole["checksum"]
     assert again["steps"] == whole["steps"] == 4
     assert json.loads(again["extra"]) == {"position": 2} and again["same_draws"]
-    assert whole["nbytes"] == sum(f.stat().st_size for f in Path(path).rglob("*") if f.name != "manifest.json")
+    files = Path(path).rglob("*")
+    assert whole["nbytes"] == sum(f.stat().st_size for f in files if f.is_file() and f.name != "manifest.json")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []  # no partial directory stays
 
 
@@ -246,7 +247,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_partial_one(ranks, model_d
     path = str(tmp_path / "step_1")
     (got,) = ranks(1, save_with_little_room, model_dir=model_dir, path=path, limit=100_000)
     full, taken, not_json = got["said"]
-    assert full.startswith(f"{path}-next: cannot be written: ") and "File too large" in full
+    assert full == f"{path}-next: cannot be written: a rank could not write its weights; is the disk full?"
     assert taken == f"{path}: cannot be written: exists already"
     assert not_json.startswith(f"{path}-x: cannot be written: ")
     assert got["extra"] == '{"good": 1}'
