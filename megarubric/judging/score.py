@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import difflib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,6 +91,14 @@ class _Line(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> None:
+    """Refuses an object that names a key twice: which of the two was meant?"""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in collections.Counter(names).items() if count > 1)
+        raise BadInput("", twice, "the key comes twice")
+
+
 class ResponseReader:
     """Turns lines into `JudgeItem`s; rubrics come from `corpus` by id, or inline."""
 
@@ -104,7 +113,8 @@ class ResponseReader:
             if len(raw) > MAX_LINE_BYTES:
                 raise BadInput("", "", f"longer than {MAX_LINE_BYTES >> 20} MiB")
             try:
-                obj = msgspec.json.decode(raw)
+                obj = msgspec.json.decode(raw)  # strict: no NaN, no Infinity, no lone surrogates
+                json.loads(raw, object_pairs_hook=_distinct)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise BadInput("", "", f"not JSON: {error}") from error
             if not isinstance(obj, dict):

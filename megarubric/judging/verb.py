@@ -36,8 +36,10 @@ def run_score(
     settings: JudgeSettings | None = None,
     cache: Path | None = None,
     replay_only: bool = False,
+    as_json: bool = False,
 ) -> int:
-    """Score a file and say how it went on standard error. Returns the exit status: 0, or 1 when some lines were bad.
+    """Score a file and say how it went on standard error (`as_json`: the counts as JSON on standard output). Returns
+    the exit status: 0, or 1 when some lines were bad.
 
     `judge` is ``none``, a model directory (an engine is started by `engine_factory` and ended again) or a URL, with the
     model's name after ``#`` where the server has several. `cache` keeps the judgements; with `replay_only` they are all
@@ -53,7 +55,10 @@ def run_score(
     if device == "cuda":
         _need_cuda()
     summary = asyncio.run(_run(rubrics, responses, out, judge, device, engine_factory, settings, cache, replay_only))
-    print(f"{summary} -> {out}", file=sys.stderr)
+    if as_json:
+        print(msgspec.json.encode(summary).decode())
+    else:
+        print(f"{summary} -> {out}", file=sys.stderr)
     return summary.exit_status
 
 

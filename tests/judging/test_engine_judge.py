@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from megarubric.judging.judge import Judge, JudgeSettings
 from megarubric.judging.modes import Due, Way, tier_query
 from megarubric.judging.prompt import PromptEncoder, load_template
 from megarubric.judging.types import JudgeItem
+from megarubric.judging.verb import run_score
 from megarubric.launch.plan import quiet_environment, write_json
 from megarubric.launch.supervisor import last_words
 from megarubric.rollout.client import EngineClient
 from megarubric.rollout.messages import EngineConfig
-from megarubric.rubrics import parse_rubric
+from megarubric.rubrics import parse_rubric, to_dict
 
 pytestmark = pytest.mark.engine
 
@@ -57,7 +60,7 @@ class Served:
         )  # fmt: skip
         path = write_json(directory / "engine.json", config)
         self.log = directory / "engine.log"
-        endpoint = f"ipc://{directory}/engine"
+        self.endpoint = endpoint = f"ipc://{directory}/engine"
         command = [sys.executable, "-m", "megarubric.rollout.engine", "--endpoint", endpoint, "--config", str(path)]
         with self.log.open("wb") as out:
             environment = {**os.environ, **quiet_environment(1), "HF_HUB_OFFLINE": "1"}
@@ -144,6 +147,31 @@ def test_the_same_question_has_the_same_answer_alone_and_in_company(served: Serv
     together = served.run(judge_with(served).judge([*company, item]))[-1]
     for name, j in alone.items():
         assert j.score is not None and math.isclose(j.score, together[name].score or 0.0, abs_tol=1e-5)
+
+
+def test_score_judges_with_a_model_directory(served: Served, tmp_path: Path) -> None:
+    @contextlib.asynccontextmanager
+    async def connect(model: Path, device: str) -> AsyncIterator[EngineClient]:
+        client = EngineClient(served.endpoint, peer_status=served.status)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+    line = {"id": "a", "prompt": "Write.", "rubric": to_dict(RUBRIC), "response": LONG, "judgements": {"brief": 1}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "rubrics.json").write_text(json.dumps(to_dict(RUBRIC)))
+    out = tmp_path / "out.jsonl"
+    settings = JudgeSettings(template="tier_compact", min_tier_mass=0.0)
+    arguments: Any = (tmp_path / "rubrics.json", tmp_path / "in.jsonl", out)
+    cache = tmp_path / "judge.db"
+    assert run_score(*arguments, str(served.model), engine_factory=connect, settings=settings, cache=cache) == 0
+    first = out.read_bytes()
+    row = json.loads(first)
+    direct = served.run(judge_with(served).judge([JudgeItem(RUBRIC, "Write.", LONG)]))[0]
+    assert row["scores"]["calm"] == direct["calm"].score and row["scores"]["brief"] == 1.0 and row["unread"] == []
+    assert run_score(*arguments, settings=settings, cache=cache, replay_only=True) == 0
+    assert out.read_bytes() == first  # no judge at all, the same bytes
 
 
 def test_a_dead_engine_is_reported_and_not_masked(served: Served) -> None:

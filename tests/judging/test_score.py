@@ -110,6 +110,14 @@ BAD = {
     "unknown criterion": (line(judgements={"calmness": 1}), "calmness.*no such criterion"),
     "judgements are a list": (line(judgements=[1]), "judgements"),
     "misspelt key": (line(judgments={"calm": 1}), "did you mean judgements"),
+    "a key twice": (
+        '{"id":"x","prompt":"p","rubric":"note","response":"r","response":"s"}',
+        "response: the key comes twice",
+    ),
+    "a criterion twice": (
+        '{"id":"x","prompt":"p","rubric":"note","response":"r","judgements":{"calm":0,"calm":2}}',
+        "calm: the key comes twice",
+    ),
     "deep nesting": ("[" * 100_000, "not JSON"),
 }
 
