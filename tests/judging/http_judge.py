@@ -38,7 +38,7 @@ class HttpJudge:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
                 headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in head[1:] if line)}
-                body = json.loads(await reader.readexactly(int(headers.get("content-length", "0"))))
+                body = json.loads(await reader.readexactly(int(headers.get("content-length", "0"))) or b"{}")
                 path = head[0].split(" ")[1]
                 self.requests.append((path, body, headers))
                 self.active += 1

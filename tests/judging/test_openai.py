@@ -10,7 +10,7 @@ import pytest
 from http_judge import Handler, HttpJudge, Reply, chat_reply, http_judge
 
 from megarubric.errors import BadInput
-from megarubric.judging.backends.openai import OpenAIBackend, OpenAISettings
+from megarubric.judging.backends.openai import OpenAIBackend, OpenAISettings, api_base, first_model
 from megarubric.judging.prompt import load_template, render_tier
 from megarubric.judging.types import TextQuery, TextReply, TierQuery, TierReply
 
@@ -139,6 +139,48 @@ def test_a_server_with_no_requests_left_is_left_alone_until_it_resets() -> None:
 
     ask(handler, n=2, concurrency=1)
     assert arrivals[1] - arrivals[0] >= 0.3
+
+
+def test_a_server_that_is_down_is_left_alone_and_asked_again_later() -> None:
+    def handler(server: HttpJudge, path: str, body: dict[str, Any]) -> Reply:
+        return Reply(b"", 500) if len(server.requests) <= 8 else chat_reply(GOOD)
+
+    async def main() -> tuple[list[TierReply], int, list[TierReply]]:
+        async with http_judge(handler) as server:
+            settings = OpenAISettings(
+                url=server.url, model="m", backoff_s=0.001, retries=1, concurrency=1, give_up_after=4, cool_off_s=0.2
+            )
+            backend = OpenAIBackend(settings)
+            first = await backend.tier_logprobs([query(f"answer {i}") for i in range(100)])
+            sent = len(server.requests)
+            await asyncio.sleep(0.25)
+            later = await backend.tier_logprobs([query("later")])
+            await backend.aclose()
+            return first, sent, later
+
+    first, sent, later = asyncio.run(main())
+    assert sent == 8 and all(r.error for r in first) and "judge is down: 4 failures" in (first[-1].error or "")
+    assert later[0].logprobs is not None
+
+
+def test_the_base_of_the_api() -> None:
+    assert api_base("http://host:8000") == api_base("http://host:8000/") == "http://host:8000/v1"
+    assert api_base("https://host/api/v3/") == "https://host/api/v3"
+
+
+def test_the_first_model_of_a_server() -> None:
+    def handler(server: HttpJudge, path: str, body: dict[str, Any]) -> Reply:
+        return Reply(json.dumps({"data": [{"id": "big"}, {"id": "small"}]}).encode())
+
+    async def ask_name(handler: Handler) -> str:
+        async with http_judge(handler) as server:
+            return await asyncio.to_thread(first_model, server.url, 0.5)
+
+    assert asyncio.run(ask_name(handler)) == "big"
+    for reply in (Reply(b"", 404), Reply(b"[]"), Reply(b"{"), Reply(hang=True)):
+        assert asyncio.run(ask_name(always(reply))) == "default"
+    with pytest.raises(BadInput, match="does not answer"):
+        first_model("http://127.0.0.1:9/v1")
 
 
 def test_no_more_requests_than_agreed_are_under_way() -> None:

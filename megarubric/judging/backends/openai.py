@@ -35,9 +35,11 @@ _TOP_LOGPROBS = 20  # the most the API allows
 class OpenAISettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where and how to ask.
 
-    `url` is the API's base (``https://host/v1``). The key is read from the environment variable `key_env` and appears
-    nowhere else. `timeout_s` bounds one request, `deadline_s` one query with its retries. `max_requests` and
-    `max_tokens_total` are the budget (0: none); when it is spent the remaining queries are errors, unasked.
+    `url` is the API's base (``https://host/v1``; the ``/v1`` may be left out when there is no path). The key is read
+    from the environment variable `key_env` and appears nowhere else. `timeout_s` bounds one request, `deadline_s` one
+    query with its retries. `max_requests` and `max_tokens_total` are the budget (0: none); when it is spent the
+    remaining queries are errors, unasked. After `give_up_after` failures in a row the server counts as down: for
+    `cool_off_s` queries are errors at once, so a judge that hangs costs a run its judgements and not its hours.
     `prefill`: the server continues an unfinished assistant message (vLLM does), so one token answers.
     """
 
@@ -48,12 +50,14 @@ class OpenAISettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prefill: bool = False
     concurrency: int = 16
     timeout_s: float = 60.0
-    deadline_s: float = 300.0
+    deadline_s: float = 110.0
     retries: int = 4
     backoff_s: float = 0.5
     max_backoff_s: float = 30.0
     max_requests: int = 0
     max_tokens_total: int = 0
+    give_up_after: int = 32
+    cool_off_s: float = 30.0
     answer_tokens: int = 12
 
 
@@ -84,7 +88,7 @@ class OpenAIBackend:
         self.retried = 0
         key = os.environ.get(settings.key_env, "")
         self._client = httpx.AsyncClient(
-            base_url=settings.url.rstrip("/") + "/",
+            base_url=api_base(settings.url) + "/",
             timeout=settings.timeout_s,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=settings.concurrency),
@@ -92,11 +96,13 @@ class OpenAIBackend:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._jitter = random.Random()  # spreads retries in time; touches no result
         self._resume_at = 0.0
+        self._failed_in_a_row = 0
+        self._down_until = 0.0
         self._completions = settings.api == "completions"
 
     @property
     def identity(self) -> str:
-        return f"openai:{self.settings.url.rstrip('/')}#{self.settings.model}"
+        return f"openai:{api_base(self.settings.url)}#{self.settings.model}"
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -132,18 +138,27 @@ class OpenAIBackend:
         s = self.settings
         reason = ""
         async with self._slots:
+            if time.monotonic() < self._down_until:
+                raise _GiveUp(f"judge is down: {self._failed_in_a_row} failures in a row")
             try:
                 async with asyncio.timeout(s.deadline_s):
                     for attempt in range(s.retries + 1):
                         self.retried += attempt > 0
                         try:
-                            return await attempt_once()
+                            result = await attempt_once()
                         except _Retry as error:
-                            reason = str(error)
+                            reason = f"{error} ({s.retries + 1} attempts)"
                             await self._back_off(attempt, error.after_s)
-            except TimeoutError as error:
-                raise _GiveUp(f"timed out after {s.deadline_s:g} s with retries") from error
-        raise _GiveUp(f"{reason} ({s.retries + 1} attempts)")
+                        else:
+                            self._failed_in_a_row = 0
+                            return result
+            except TimeoutError:
+                reason = f"timed out after {s.deadline_s:g} s with retries"
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= s.give_up_after:  # each failure after a cool-off starts the next one
+            self._down_until = time.monotonic() + s.cool_off_s
+            log.warning("%s: %d failures in a row, left alone for %g s", s.url, self._failed_in_a_row, s.cool_off_s)
+        raise _GiveUp(reason)
 
     async def _back_off(self, attempt: int, after_s: float | None) -> None:
         """Exponential back-off with full jitter; what the server asked for holds for all queries of this client."""
@@ -319,17 +334,26 @@ def _duration(text: str) -> float | None:
     return sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|h|m|s|)", text))
 
 
+def api_base(url: str) -> str:
+    """`url` without a slash at its end, and with ``/v1`` when it has no path of its own."""
+    base = url.rstrip("/")
+    return base if re.match(r"https?://[^/]+/", base) else base + "/v1"
+
+
 def first_model(url: str, timeout_s: float = 10.0) -> str:
-    """Id of the first model that the server at `url` serves. Raises BadInput when it does not say."""
+    """Id of the first model that the server at `url` serves, ``default`` when it does not say.
+
+    Raises BadInput when nothing listens there.
+    """
     try:
-        response = httpx.get(url.rstrip("/") + "/models", timeout=timeout_s)
-        reply = msgspec.json.decode(response.content) if response.status_code == 200 else None
-    except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError) as error:
-        raise BadInput("judge", url, f"does not answer: {type(error).__name__}: {error}") from error
-    models = _field(reply, "data")
+        response = httpx.get(api_base(url) + "/models", timeout=timeout_s)
+        models = _field(msgspec.json.decode(response.content), "data")
+    except (httpx.ConnectError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+        raise BadInput("judge", url, f"does not answer: {error}") from error
+    except (httpx.HTTPError, msgspec.DecodeError):
+        models = None
     name = _field(models[0], "id") if isinstance(models, list) and models else None
-    if not isinstance(name, str):
-        raise BadInput(
-            "judge", url, f"names no model (HTTP {response.status_code} from /models); add #MODEL to the URL"
-        )
-    return name
+    if isinstance(name, str):
+        return name
+    log.warning("%s names no model: asking for the model called default", url)
+    return "default"
