@@ -38,8 +38,8 @@ INSTRUCTION_SETS = {
 }
 
 
-def stop(reason: str) -> NoReturn:
-    raise SystemExit(f"megarubric: {reason} (MEGARUBRIC_NATIVE=0 installs without the compiled ops)")
+def stop(reason: str, hint: str = "MEGARUBRIC_NATIVE=0 installs without the compiled ops") -> NoReturn:
+    raise SystemExit(f"megarubric: {reason} ({hint})")
 
 
 def torch_directory() -> Path:
@@ -71,7 +71,10 @@ def run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         print(done.stdout + done.stderr)
-        stop(f"{Path(command[0]).name} failed on {next((c for c in command if c.startswith(str(SOURCES))), 'linking')}")
+        on = next((Path(c).name for c in command if c.startswith(str(SOURCES))), "linking")
+        if "nvcc" in Path(command[0]).name:
+            stop(f"nvcc failed on {on}", "MEGARUBRIC_CUDA=0 leaves the CUDA kernels out")
+        stop(f"{command[0]} failed on {on}")
 
 
 class BuildOps(build_ext):
@@ -106,7 +109,7 @@ class BuildOps(build_ext):
                     *(f"-I{SOURCES}", *cuda, str(source_file)),
                 ]
 
-        objects = Path(self.build_temp) / "ops"
+        objects = ROOT / "build" / "ops"  # not build_temp: pip throws that away, and every install would compile anew
         objects.mkdir(parents=True, exist_ok=True)
         headers = b"".join(p.read_bytes() for p in sorted(SOURCES.glob("*.h")))
         stale = [name for name, command in commands.items() if self.is_stale(objects / name, command, headers)]
