@@ -17,10 +17,10 @@ from random import Random
 from typing import Any
 
 from megarubric.judging.prompt import load_template, plain_text, render_tier
-from tools.tiny_model.judging import CRITERIA, Question, draw_question
+from tools.tiny_model.judging import CRITERIA, MIX, Question, draw_drill, draw_question
 from tools.tiny_model.rubrics import quickstart_rubrics
 from tools.tiny_model.tokenizer import CONTROL_TOKENS, build_tokenizer, save_tokenizer
-from tools.tiny_model.writer import draw_faults, draw_request, write
+from tools.tiny_model.writer import draw_copy, draw_faults, draw_request, write
 
 SEED = 20261103
 VOCAB_SIZE = 2560
@@ -76,11 +76,15 @@ def writing_row(rng: Random, held_out: bool = False) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def training_rows(n_writing: int, n_judge: int, seed: int = SEED) -> list[dict[str, Any]]:
-    """The cold-start rows, writing and judging in random order."""
+def training_rows(n_writing: int, n_judge: int, n_drill: int, n_copy: int, seed: int = SEED) -> list[dict[str, Any]]:
+    """The cold-start rows in random order: writing, judge questions, drills (`draw_drill`, `draw_copy`)."""
     rng = Random(f"rows:{seed}")
     rows = [writing_row(rng) for _ in range(n_writing)]
-    rows += [judge_row(draw_question(rng, CRITERIA[i % len(CRITERIA)])) for i in range(n_judge)]
+    rows += [judge_row(draw_question(rng, MIX[i % len(MIX)])) for i in range(n_judge)]
+    rows += [judge_row(draw_drill(rng, MIX[i % len(MIX)])) for i in range(n_drill)]
+    for _ in range(n_copy):
+        prompt, answer = draw_copy(rng)
+        rows.append({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]})
     rng.shuffle(rows)
     return rows
 
@@ -108,9 +112,7 @@ def tokenizer_texts(n: int = 6000) -> Iterable[str]:
         yield from (message["content"] for message in writing_row(rng)["messages"])
         if i % 3 == 0:
             question = draw_question(rng, CRITERIA[i // 3 % len(CRITERIA)])
-            parts = render_tier(
-                load_template(JUDGE_TEMPLATE), "", "", question.description, question.tiers
-            )
+            parts = render_tier(load_template(JUDGE_TEMPLATE), "", "", question.description, question.tiers)
             text = plain_text(parts)
             for token in CONTROL_TOKENS:
                 text = text.replace(token, "")
@@ -129,8 +131,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tokenizer", "rubrics", "data"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--writing", type=int, default=16000, help="writing rows (data)")
-    parser.add_argument("--judge", type=int, default=14000, help="judge rows (data)")
+    parser.add_argument("--writing", type=int, default=14000, help="writing rows (data)")
+    parser.add_argument("--judge", type=int, default=12000, help="judge rows (data)")
+    parser.add_argument("--drill", type=int, default=10000, help="judge rows on one sentence (data)")
+    parser.add_argument("--copy", type=int, default=12000, help="rows that only copy slot values (data)")
     options = parser.parse_args()
     out: Path = options.out
     if options.what == "tokenizer":
@@ -142,7 +146,7 @@ def main() -> None:
         write_jsonl(out / "train.jsonl", quickstart_rubrics(200, SEED, held_out=False))
         write_jsonl(out / "heldout.jsonl", quickstart_rubrics(40, SEED, held_out=True))
     else:
-        write_jsonl(out / "sft.jsonl", training_rows(options.writing, options.judge))
+        write_jsonl(out / "sft.jsonl", training_rows(options.writing, options.judge, options.drill, options.copy))
         write_jsonl(out / "judge_heldout.jsonl", judge_pairs(200, held_out_wording=False))
         write_jsonl(out / "judge_heldout_wording.jsonl", judge_pairs(100, held_out_wording=True))
 

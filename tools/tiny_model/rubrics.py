@@ -6,7 +6,7 @@ from collections import Counter
 from random import Random
 from typing import Any
 
-from tools.tiny_model.texts import load, spoken
+from tools.tiny_model.texts import load
 from tools.tiny_model.writer import MAX_WORDS, MIN_WORDS, Request, draw_request
 
 _TITLES = {
@@ -37,16 +37,14 @@ def _tiers(bad: str, good: str) -> list[dict[str, Any]]:
 def rubric_for(request: Request, identifier: str) -> dict[str, Any]:
     """The rubric of `request` as spec/rubric.md writes it.
 
-    Of the weight that is not a gate, 2.5 of 6 rewards absence (no wandering, no moral, length kept within bounds) and
+    Of the weight that is not a gate, 3.5 of 5.5 rewards absence (no wandering, no moral, length kept within bounds) and
     the rest what the request asks to be named. Flattery and self-praise are vetoes, each once as a detector program
     and once as a judged criterion: the program cannot be talked round, the judge knows wordings the program does not.
     """
     judge = load("judge")
     a, b = request.details
     value_a, value_b = request.slots[a], request.slots[b]
-    spoken_a, spoken_b = spoken(request.kind(a), value_a), spoken(request.kind(b), value_b)
     family = "creative" if request.family in _CREATIVE else "social" if request.family in _SOCIAL else "instruction"
-    tiers_both = judge["names_both"]["tiers"][0]
 
     def judged(name: str) -> dict[str, Any]:
         texts = judge[name]
@@ -70,21 +68,15 @@ def rubric_for(request: Request, identifier: str) -> dict[str, Any]:
         {"id": "no-flattery", "weight": 0.0, **judged("flattery"), "veto": {"threshold": 0.5}},
         {"id": "no-self-praise", "weight": 0.0, **judged("self_praise"), "veto": {"threshold": 0.5}},
         {
-            "id": "names-both",
-            "description": judge["names_both"]["description"][0].format(a=spoken_a, b=spoken_b),
-            "weight": 1.0,
-            "tiers": [{"value": i, "text": text} for i, text in enumerate(tiers_both)],
-        },
-        {
             "id": f"says-{a}",
             "description": f"Has the words {value_a}.",
-            "weight": 0.75,
+            "weight": 1.0,
             "check": {"kind": "keywords:existence", "keywords": [value_a]},
         },
         {
             "id": f"says-{b}",
             "description": f"Has the words {value_b}.",
-            "weight": 0.75,
+            "weight": 1.0,
             "check": {"kind": "keywords:existence", "keywords": [value_b]},
         },
         {
@@ -107,7 +99,7 @@ def rubric_for(request: Request, identifier: str) -> dict[str, Any]:
         "title": _TITLES[request.family],
         "scope": "instance",
         "family": family,
-        "provenance": {"author": "human", "source": "megarubric", "licence": "Apache-2.0"},
+        "provenance": {"author": "hybrid", "model": "claude", "source": "megarubric", "licence": "Apache-2.0"},
         "tags": ["quickstart", request.family],
         "prompt": request.prompt,
         "criteria": criteria,
@@ -116,7 +108,7 @@ def rubric_for(request: Request, identifier: str) -> dict[str, Any]:
 
 
 def quickstart_rubrics(n: int, seed: int, held_out: bool) -> list[dict[str, Any]]:
-    """`n` rubrics with different prompts, the families in turn; `held_out` ones use slot values training never shows."""
+    """`n` rubrics with different prompts, the families in turn; `held_out` as in `texts.draw_value`."""
     rng = Random(f"quickstart:{seed}:{held_out}")
     families = [family["id"] for family in load("families")]
     rubrics: list[dict[str, Any]] = []

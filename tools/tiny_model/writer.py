@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from random import Random
 
-from tools.tiny_model.texts import draw_value, load
+from tools.tiny_model.texts import draw_value, load, spoken
 
 MIN_WORDS, MAX_WORDS = 20, 40
+COPY_REQUESTS = ("Name {a} and {b}.", "Say {a} and {b}.", "Write {a} and {b}, nothing else.", "Repeat: {a} and {b}.")
 LENGTH_REQUESTS = (
     "Use 20 to 40 words.",
     "Write 20 to 40 words.",
@@ -69,6 +70,13 @@ def draw_request(rng: Random, held_out: bool = False, family: str | None = None)
     return Request(spec["id"], slots, prompt)
 
 
+def draw_copy(rng: Random) -> tuple[str, str]:
+    """A request to say two slot values, and the answer: short rows from which a small model learns to copy."""
+    request = draw_request(rng)
+    a, b = (spoken(request.kind(slot), request.slots[slot]) for slot in rng.sample(list(request.slots), 2))
+    return rng.choice(COPY_REQUESTS).format(a=a, b=b), f"{a} and {b}."
+
+
 def draw_faults(rng: Random) -> frozenset[str]:
     """Faults of one answer at the cold-start rates."""
     faults = {name for name in SENTENCE_FAULTS if rng.random() < FAULT_RATES[name]}
@@ -92,8 +100,21 @@ def write(request: Request, faults: frozenset[str], rng: Random, held_out_wordin
     if "wander" in faults:
         core.insert(rng.randint(1, len(core)), fault_sentence("wander", rng, request, held_out_wording))
     before = [fault_sentence("flattery", rng, request, held_out_wording)] if "flattery" in faults else []
-    after = [fault_sentence(name, rng, request, held_out_wording) for name in ("moral", "self_praise") if name in faults]
+    last = [name for name in ("moral", "self_praise") if name in faults]
+    after = [fault_sentence(name, rng, request, held_out_wording) for name in last]
     return Answer(" ".join(before + core + after), faults)
+
+
+def one_sentence(request: Request, fault: str | None, rng: Random) -> str:
+    """The sentence of `fault`, or, without one, an opening with each detail left out at OMIT_RATE."""
+    if fault is not None:
+        return fault_sentence(fault, rng, request)
+    family = _family(request.family)
+    slots = dict(request.slots)
+    for slot in request.details:
+        if rng.random() < OMIT_RATE:
+            slots[slot] = rng.choice(family["generic"][slot])
+    return _fill(rng.choice(family["open"]), slots)
 
 
 def _core(request: Request, faults: frozenset[str], rng: Random) -> list[str]:
