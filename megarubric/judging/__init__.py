@@ -1,1 +1,1 @@
-"""Judging: prompts, tier scoring, judge models, cache, calibration, agreement, attacks. Works with no GPU library at all."""
+"""Judging: prompts, tier scoring, judge models, cache, calibration, agreement, attacks. Needs no GPU library."""
