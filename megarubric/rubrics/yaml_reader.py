@@ -87,8 +87,10 @@ def documents(text: str) -> Iterator[tuple[Any, dict[KeyPath, int]]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YamlProblem(mark.line + 1 if mark else None, f"not YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise YamlProblem(None, f"not YAML: {error}") from None
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        position = getattr(error, "position", None)
+        at = text.count("\n", 0, position) + 1 if isinstance(position, int) else None
+        raise YamlProblem(at, f"not YAML: {getattr(error, 'reason', 'unreadable')}") from None
 
 
 def _take_key(top: _Open, key: str, line: int) -> None:

@@ -42,7 +42,7 @@ _JOINT_VERBS = words(
 COMPOUND = re.compile(
     rf"\b(?:and|but|or|nor|while|then)\s+(?:(?:also|then|never|clearly|not)\s+)?{_JOINT_VERBS}\b"
     r"|\band/or\b|\bas well as\b|\bin addition\b|\bwhile also\b|;\s+\w|\bboth\b[^.,;]{1,60}\band\b"
-    r"|(?:\b[\w'-]+(?: [\w'-]+){0,2}, ){2,}(?:and|or) \w|并且|同时|以及|；",
+    r"|(?:(?<![\w'-])[\w'-]{1,40}(?: [\w'-]{1,40}){0,2}, ){2,8}(?:and|or) \w|并且|同时|以及|；",
     re.IGNORECASE,
 )
 # Tier texts that grade a joint demand part by part.
