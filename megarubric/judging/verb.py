@@ -1,4 +1,4 @@
-"""`megarubric score` as the command line calls it: which judge, what is reported, which exit status."""
+"""What the command line calls: scoring a file, examining a judge; which judge, what is said, which exit status."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from megarubric.errors import BadInput
 from megarubric.judging.backends import backend_for_engine, backend_for_url
@@ -19,7 +21,9 @@ from megarubric.judging.backends.engine import TierEngine
 from megarubric.judging.cache import CachedBackend, JudgeCache
 from megarubric.judging.judge import Judge, JudgeSettings
 from megarubric.judging.score import Device, ScoreSummary, score_file
+from megarubric.judging.suite import JudgeReport, load_labelled, run_judge_suite
 from megarubric.judging.types import TierBackend
+from megarubric.observe.files import whole_file
 
 EngineFactory = Callable[[Path, Device], AbstractAsyncContextManager[TierEngine]]
 _SMALL_CONTEXT = 2048  # a model that reads fewer tokens gets the compact template
@@ -54,7 +58,8 @@ def run_score(
         raise BadInput("command line", "--replay-only", "needs --cache")
     if device == "cuda":
         _need_cuda()
-    summary = asyncio.run(_run(rubrics, responses, out, judge, device, engine_factory, settings, cache, replay_only))
+    use = JudgeUse(judge, device, engine_factory, settings, cache, replay_only)
+    summary = asyncio.run(_score(rubrics, responses, out, use))
     if as_json:
         print(msgspec.json.encode(summary).decode())
     else:
@@ -62,52 +67,122 @@ def run_score(
     return summary.exit_status
 
 
-async def _run(
+def run_judge_eval(
     rubrics: Path,
-    responses: Path,
+    labelled: Path,
     out: Path,
-    judge: str,
-    device: Device,
-    engine_factory: EngineFactory | None,
-    settings: JudgeSettings | None,
-    cache_path: Path | None,
-    replay_only: bool,
-) -> ScoreSummary:
+    use: JudgeUse,
+    *,
+    author: str | None = None,
+    attacks: int = 8,
+    as_json: bool = False,
+) -> int:
+    """Examine a judge on labelled answers (`suite.run_judge_suite`), write the report to `out` as JSON and print it as
+    tables, or as JSON too. Returns the exit status."""
+    answers = load_labelled(rubrics, labelled)
+
+    async def examine() -> JudgeReport:
+        async with open_judge(use) as judge:
+            return await run_judge_suite(judge, answers, author=author, attacks=attacks)
+
+    report = asyncio.run(examine())
+    plain = msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
+    with whole_file(out) as f:
+        f.write(plain + "\n")
+    if as_json:
+        print(plain)
+    else:
+        show_report(report)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeUse:
+    """Which judge, and how: see `run_score`."""
+
+    judge: str = "none"
+    device: Device = "cpu"
+    engine_factory: EngineFactory | None = None
+    settings: JudgeSettings | None = None
+    cache: Path | None = None
+    replay_only: bool = False
+
+
+@contextlib.asynccontextmanager
+async def open_judge(use: JudgeUse) -> AsyncIterator[Judge]:
+    """The judge, running; on exit it ends, and what is worth saying about it is said on standard error."""
     async with contextlib.AsyncExitStack() as stack:
         cache = None
-        if cache_path is not None:
-            cache = JudgeCache(cache_path)
+        if use.cache is not None:
+            cache = JudgeCache(use.cache)
             stack.callback(cache.close)
         backend: TierBackend | None
-        if replay_only:
+        if use.replay_only:
             assert cache is not None
             backend = _replayed(cache)
-            chosen = settings or JudgeSettings(template=_template(judge))
+            chosen = use.settings or JudgeSettings(template=_template(use.judge))
         else:
-            backend, chosen = await stack.enter_async_context(_backend(judge, device, engine_factory, settings))
+            backend, chosen = await stack.enter_async_context(
+                _backend(use.judge, use.device, use.engine_factory, use.settings)
+            )
             if cache is not None and backend is not None:
                 backend = CachedBackend(backend, cache)
-        used = Judge(backend, chosen)
-        with _progress(responses.stat().st_size) as progress:
-            summary = await score_file(
-                rubrics,
-                responses,
-                out,
-                used,
-                device,
-                report=lambda line: print(line, file=sys.stderr, flush=True),
-                progress=progress,
-            )
-        if used.stats.failures:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in used.stats.failures.most_common(5))
+        judge = Judge(backend, chosen)
+        yield judge
+        if judge.stats.failures:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in judge.stats.failures.most_common(5))
             print(f"unread judgements: {reasons}", file=sys.stderr)
         if cache is not None:
             s = cache.stats()
-            print(
-                f"cache {cache_path}: {s.entries} judgements, {s.bytes / 1e6:.1f} MB, hit rate {s.hit_rate:.0%}",
-                file=sys.stderr,
+            size = f"{s.entries} judgements, {s.bytes / 1e6:.1f} MB"
+            print(f"cache {use.cache}: {size}, hit rate {s.hit_rate:.0%}", file=sys.stderr)
+
+
+async def _score(rubrics: Path, responses: Path, out: Path, use: JudgeUse) -> ScoreSummary:
+    async with open_judge(use) as judge:
+        with _progress(responses.stat().st_size) as progress:
+            return await score_file(
+                rubrics,
+                responses,
+                out,
+                judge,
+                use.device,
+                report=lambda line: print(line, file=sys.stderr, flush=True),
+                progress=progress,
             )
-        return summary
+
+
+def show_report(report: JudgeReport) -> None:
+    """A judge's examination as tables on standard output."""
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    table = Table(title=f"judge {report.judge}: {report.answers} labelled answers")
+    for column in ("criterion", "n", "unread", "accuracy", "kappa", "quadratic", "alpha", "rank corr."):
+        table.add_column(column, justify="left" if column == "criterion" else "right")
+    for name, a in [*report.criteria.items(), ("all", report.overall)]:
+        cells = [f"{i.value:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in (a.accuracy, a.kappa)]
+        rest = [f"{i.value:.2f}" for i in (a.quadratic_kappa, a.alpha, a.spearman)]
+        table.add_row(name, str(a.n), f"{a.unread:.0%}", *cells, *rest, end_section=name != "all")
+    console.print(table)
+    b = report.biases
+    console.print(
+        f"calibration error {report.calibration_error:.3f}, {report.calibration_error_calibrated:.3f} calibrated; "
+        f"top fifth {report.compression['top_fifth']:.0%}, {report.compression_calibrated['top_fifth']:.0%} calibrated\n"
+        f"flips on a second draw {report.flip_rate:.1%}; tiers listed highest first change the score by "
+        f"{b.tier_order:.3f}; length bias {b.length.value:+.2f}; verbosity {b.verbosity:+.3f}; "
+        f"self-preference {b.self_preference.value:+.3f}\n"
+        f"{report.judgements_per_second:.0f} judgements a second",
+        markup=False,
+    )
+    if report.attacks is None:
+        return
+    table = Table(title=f"attacks: {report.attacks.fooled:.1%} fooled, {report.attacks.fooled_uncaught:.1%} uncaught")
+    for column in ("attack", "gain", "worst", "fooled", "unread", "caught"):
+        table.add_column(column, justify="left" if column == "attack" else "right")
+    for r in sorted(report.attacks.results, key=lambda r: -r.fooled):
+        table.add_row(
+            r.attack, f"{r.gain:+.2f}", f"{r.worst:+.2f}", *(f"{x:.0%}" for x in (r.fooled, r.unread, r.caught))
+        )
+    console.print(table)
 
 
 def _is_url(judge: str) -> bool:

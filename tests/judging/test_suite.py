@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from http_judge import HttpJudge, Reply, chat_reply, http_judge
 
 from megarubric.errors import BadInput
 from megarubric.judging.judge import Judge, JudgeSettings
 from megarubric.judging.prompt import plain_text
 from megarubric.judging.suite import JudgeReport, LabelledAnswer, load_labelled, run_judge_suite
 from megarubric.judging.types import JudgeItem, TierQuery, TierReply
+from megarubric.judging.verb import JudgeUse, run_judge_eval
 from megarubric.rubrics import parse_rubric
 
 RUBRIC = {
@@ -140,3 +142,34 @@ def test_labels_come_in_the_responses_format_and_do_not_reach_the_judge(tmp_path
 def test_no_answers_are_refused() -> None:
     with pytest.raises(BadInput, match="no labelled answers"):
         asyncio.run(run_judge_suite(Judge(None), []))
+
+
+def test_the_report_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rubrics.json").write_text(json.dumps(RUBRIC))
+    labelled = [
+        {
+            "id": "x",
+            "prompt": "p",
+            "rubric": "r",
+            "response": f"Note {i}.",
+            "judgements": {"calm": i % 3, "plain": i % 2},
+        }
+        for i in range(24)
+    ]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(x) + "\n" for x in labelled))
+
+    def handler(server: HttpJudge, path: str, body: dict[str, Any]) -> Reply:
+        n = int(re.findall(r"Note (\d+)", body["messages"][-1]["content"])[0])
+        tier = n % 3 if "Calm." in body["messages"][-1]["content"] else n % 2
+        return chat_reply([(str(tier), {str(tier): -0.01})])
+
+    async def main() -> int:
+        async with http_judge(handler) as server:
+            use = JudgeUse(f"{server.url}#m")
+            files = (tmp_path / "rubrics.json", tmp_path / "labelled.jsonl", tmp_path / "report.json")
+            return await asyncio.to_thread(run_judge_eval, *files, use, attacks=0)
+
+    assert asyncio.run(main()) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["overall"]["accuracy"]["value"] == 1.0 and report["attacks"] is None
+    assert "r/calm" in capsys.readouterr().out
