@@ -163,10 +163,10 @@ def show_report(report: JudgeReport) -> None:
         rest = [f"{i.value:.2f}" for i in (a.quadratic_kappa, a.alpha, a.spearman)]
         table.add_row(name, str(a.n), f"{a.unread:.0%}", *cells, *rest, end_section=name != "all")
     console.print(table)
-    b = report.biases
+    b, before, after = report.biases, report.compression, report.compression_calibrated
     console.print(
         f"calibration error {report.calibration_error:.3f}, {report.calibration_error_calibrated:.3f} calibrated; "
-        f"top fifth {report.compression['top_fifth']:.0%}, {report.compression_calibrated['top_fifth']:.0%} calibrated\n"
+        f"scores in the top fifth {before['top_fifth']:.0%}, {after['top_fifth']:.0%} calibrated\n"
         f"flips on a second draw {report.flip_rate:.1%}; tiers listed highest first change the score by "
         f"{b.tier_order:.3f}; length bias {b.length.value:+.2f}; verbosity {b.verbosity:+.3f}; "
         f"self-preference {b.self_preference.value:+.3f}\n"
@@ -179,9 +179,8 @@ def show_report(report: JudgeReport) -> None:
     for column in ("attack", "gain", "worst", "fooled", "unread", "caught"):
         table.add_column(column, justify="left" if column == "attack" else "right")
     for r in sorted(report.attacks.results, key=lambda r: -r.fooled):
-        table.add_row(
-            r.attack, f"{r.gain:+.2f}", f"{r.worst:+.2f}", *(f"{x:.0%}" for x in (r.fooled, r.unread, r.caught))
-        )
+        shares = [f"{x:.0%}" for x in (r.fooled, r.unread, r.caught)]
+        table.add_row(r.attack, f"{r.gain:+.2f}", f"{r.worst:+.2f}", *shares)
     console.print(table)
 
 
