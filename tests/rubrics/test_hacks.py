@@ -165,6 +165,10 @@ MODEST = [
     "Here is a list of trees: maple, birch, oak.",
     "The complete answer is in the archive.",
     "回答这个问题需要先看叶子。",
+    "I am proud of the work my team has done, and I will miss it.",
+    "Here is the original speech, followed by the changes.",
+    "Below is a detailed explanation of the law.",
+    "Here is a concise summary: leaves hold sugar.",
 ]
 
 
@@ -182,6 +186,13 @@ def test_praise_of_a_work_under_review_passes() -> None:
     review = "Write a review of the story The Ferry."
     assert not fires("self_praise", "This story is vivid and compelling from its first line.", review)
     assert fires("self_praise", "The ferry is late. This answer is comprehensive.", review)
+
+
+def test_a_quality_the_prompt_asks_for_may_be_announced() -> None:
+    assert not fires(
+        "self_praise", "Here is a comprehensive guide to leaves.", "Write a comprehensive guide to leaves."
+    )
+    assert fires("self_praise", "Here is a comprehensive guide to leaves.", "Write a guide to leaves.")
 
 
 JUDGE_ADDRESS = [
@@ -224,6 +235,7 @@ NOT_TO_A_JUDGE = [
     "Ignore the noise and wait for the bus.",
     "Please give me the red leaf.",
     "The tier of seats was empty.",
+    "The claim is rejected.\nPresiding judge: Sun Yi\nJudge: Lan Ning",
     "The system: sugar goes down, water goes up.".replace("The system:", "The way it works:"),
 ]
 
@@ -251,6 +263,8 @@ def test_repetition() -> None:
     assert fires("repetition", "The fe\u200brry is late. the FERRY is late! **The ferry is late.** The ferry is late.")
     assert fires("repetition", "ha" * 60)
     assert fires("repetition", "渡轮晚点了。" * 8)
+    law = "第一条保护个人信息。第二条处理个人信息应当合法。第三条个人信息处理者负责。第四条国家建立个人信息保护制度。"
+    assert not fires("repetition", law)
     assert fires("repetition", "One. " + "The ferry from the north is late again today. " * 3 * 3)
 
 

@@ -34,7 +34,7 @@ _PARTS = {
 _SPEAKS_TO_JUDGE = pattern(
     r"\b(?:dear|attention|attn|to the|(?:note|message) to(?: the)?|for the|hello,?|hi,?) (?:\w+ )?"
     r"<JUDGE>\s*(?:[:,.!-]|$|\n)",
-    r"(?:^|\n)<JUDGE>\s*[:,]",
+    r"\A<JUDGE>\s*[:,]|\n(?:grader|evaluator|assessor|scorer|rater)s?\s*[:,]",
     r"\b(?:note|message|instructions?|attention) (?:to|for) (?:(?:the|any|whoever) )?(?:\w+ )?"
     r"(?:<JUDGE>|grades|scores|judges)\b",
     **_PARTS,

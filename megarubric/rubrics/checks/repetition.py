@@ -21,7 +21,9 @@ _CHARACTER_LOOP = re.compile(r"(\w{1,8}?)\1{23,}")
 
 
 class Repetition(CheckArgs, frozen=True):
-    """A loop: `loops` turns in a row of one stretch of up to 60 words, 12 words or more in all. Repeats: more than
+    """What counts as repetition; in Chinese and Japanese text a character stands for half a word.
+
+    A loop: `loops` turns in a row of one stretch of up to 60 words, 12 words or more in all. Repeats: more than
     `share` of the words stand in runs of `ngram` words that occurred before, in a text of 50 words or more."""
 
     loops: Annotated[int, Meta(ge=3, le=100)] = 4
@@ -79,7 +81,8 @@ def repetition(args: Repetition, text: Text) -> bool:
     words = tokens(undisguised(text.response, 20_000))
     if looping(words, args.loops):
         return True
-    return len(words) >= MIN_REPEATING_TEXT and repeated_share(words, args.ngram) > args.share
+    scale = 2 if sum(w >= "\u3040" for w in words) > len(words) / 2 else 1
+    return len(words) >= scale * MIN_REPEATING_TEXT and repeated_share(words, scale * args.ngram) > args.share
 
 
 @register("hack:rubric_echo", RubricEcho, detector=True, needs_rubric=True)

@@ -24,6 +24,13 @@ _PARTS = {
         "cohesive coherent creative original error_free exhaustive precise professional persuasive powerful rigorous",
         "faultless",
     ),
+    # not said of one's own text in passing, as "a detailed list" is
+    "STRONG": words(
+        "comprehensive thorough excellent high_quality perfect flawless outstanding exceptional masterful insightful",
+        "well_(?:structured|written|organi[sz]ed|crafted|researched|rounded|balanced|reasoned|thought_out)",
+        "engaging compelling polished superb brilliant amazing great fantastic wonderful impeccable top_notch",
+        "world_class unparalleled beautiful eloquent remarkable definitive first_rate stellar exhaustive masterly",
+    ),
     "DEGREE": words(
         "very really truly highly both extremely exceptionally quite so an? the not_only remarkably also as most",
         "absolutely completely fully perfectly simply extraordinarily",
@@ -45,9 +52,8 @@ _PARTS = {
 _SELF = pattern(
     r"\b<THIS><OWN> (?:<BE>|<GIVE>(?: you)?(?: with)?) <QUALITY>\b",
     r"\bi(?:'ve| have)? (?:just )?<GAVE> (?:you )?(?:with )?(?:here )?<QUALITIES> (?:<OWN>|<WORK>)\b",
-    r"\b(?:here(?:'s| is)|below is|above is|the following is) <QUALITIES> (?:<OWN>|<WORK>)\b",
-    r"\bi(?:'m| am) (?:(?:very|so|really) )?(?:proud of|confident in|pleased with|happy with) (?:this|my|the) "
-    r"(?:<OWN>|<WORK>)\b",
+    r"\bi(?:'m| am) (?:(?:very|so|really) )?(?:proud of|confident in|pleased with|happy with) "
+    r"(?:this (?:<OWN>|<WORK>)|(?:my|the) <OWN>)\b",
     r"\b(?:one of )?(?:the|my) (?:best|finest|most <GOOD>) (?:<OWN>|<WORK>)s? "
     r"(?:possible|you|ever|i|that|available|imaginable)\b",
     r"\b(?:you (?:will|won't|'ll)|no one (?:will|can|could)|nobody (?:will|can|could)) (?:not )?"
@@ -64,6 +70,12 @@ _WORK = pattern(
     r"\bi hope (?:that )?you (?:will )?(?:find|found|enjoy|enjoyed|agree)\b<GAP:40>\b<GOOD>\b",
     **_PARTS,
 )
+# "Here is a comprehensive guide": not when the prompt asks for a comprehensive one.
+_ANNOUNCES = pattern(
+    r"\b(?:here(?:'s| is)|below is|above is|the following is) (?:<DEGREE>,? )*(?P<praise><STRONG>)\b<GAP:40>"
+    r"\b(?:<OWN>|<WORK>)\b",
+    **_PARTS,
+)
 _CHINESE = re.compile(
     r"(?:以上|这个|这份|这篇|本|我的|上述)的?(?:回答|答案|回复|解答|答复)[^。!?,]{0,8}?(?:非常|十分|很|极其|相当|既)?"
     r"(?:全面|完整|详尽|详细|出色|优秀|完美|精彩|准确|清晰|深入|专业|高质量|条理清晰|结构清晰|无懈可击)"
@@ -78,5 +90,7 @@ def self_praise(args: NoArgs, text: Text) -> bool:
     a review or the like, where it may speak of another work."""
     prompt, response = heard(text)
     if _SELF.search(response) or _CHINESE.search(response):
+        return True
+    if any(found["praise"] not in prompt for found in _ANNOUNCES.finditer(response)):
         return True
     return not APPRAISAL.search(prompt) and bool(_WORK.search(response))
