@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megarubric.errors import BadInput
 from megarubric.reward.numerics import F32
-from megarubric.reward.reference import SCORE_TOLERANCE, Outcome, RewardResult, aggregate_scores, checked_score
+from megarubric.reward.reference import SCORE_TOLERANCE, RewardResult, aggregate_scores, checked_score
 from megarubric.reward.table import RubricTable, pack_rubrics
 
 if TYPE_CHECKING:
@@ -53,21 +53,27 @@ class RewardBatch:
 
     def result(self, i: int) -> RewardResult:
         """Sample i as the reference would return it."""
-        rubric = self.table.rubrics[self.rubric_index[i]]
-        begin = int(self.offsets[i])
-        return Outcome(
-            reward=_or_none(self.reward[i]),
-            valid=bool(self.valid[i]),
-            vetoed=bool(self.vetoed[i]),
-            veto=int(self.veto[i]),
-            r0=_or_none(self.r0[i]),
-            r1=_or_none(self.r1[i]),
-            criterion_shares=list(self.attribution[begin : begin + len(rubric.criteria)]),
-            pair_shares=list(self.pair_attribution[i, : len(rubric.pairs)]),
-        ).named(rubric)
+        return self.results(i, i + 1)[0]
 
-    def results(self) -> list[RewardResult]:
-        return [self.result(i) for i in range(len(self))]
+    def results(self, begin: int = 0, end: int | None = None) -> list[RewardResult]:
+        """Samples [begin, end) as the reference would return them."""
+        window = slice(begin, len(self) if end is None else end)
+        first = int(self.offsets[begin]) if len(self) else 0
+        columns = (self.reward, self.valid, self.vetoed, self.veto, self.r0, self.r1, self.pair_attribution)
+        rows = zip(self.rubric_index[window].tolist(), *(c[window].tolist() for c in columns))
+        shares = self.attribution[first : int(self.offsets[window.stop])].tolist()
+        names = [(tuple(c.id for c in r.criteria), tuple(p.key for p in r.pairs)) for r in self.table.rubrics]
+        out = []
+        at = 0
+        for rubric, reward, valid, vetoed, veto, r0, r1, pair_shares in rows:
+            criteria, pairs = names[rubric]
+            attribution = dict(zip(criteria, shares[at : at + len(criteria)]))
+            at += len(criteria)
+            for key, share in zip(pairs, pair_shares):  # two pairs of the same criteria share a key
+                attribution[key] = float(F32(attribution[key]) + F32(share)) if key in attribution else share
+            name = criteria[veto] if veto >= 0 else None
+            out.append(RewardResult(_or_none(reward), valid, vetoed, name, _or_none(r0), _or_none(r1), attribution))
+        return out
 
 
 def aggregate_batch(
@@ -130,8 +136,8 @@ def _compiled() -> bool:
     return ops.available_or_notice()
 
 
-def _or_none(x: F32) -> F32 | None:
-    return None if np.isnan(x) else x
+def _or_none(x: float) -> float | None:
+    return None if x != x else x  # NaN
 
 
 def _flatten(

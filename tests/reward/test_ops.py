@@ -67,8 +67,8 @@ def assert_same_bits(a, b) -> None:
 def test_ten_thousand_random_rubrics_against_float64(kit, problem) -> None:
     objects, rubrics, index, rows = problem(1, 10_000, 10_000)
     batch = aggregate_batch(rubrics, index, rows)
-    for i, row in enumerate(rows):
-        kit.assert_close(batch.result(i), kit.Oracle(objects[index[i]], row))
+    for result, r, row in zip(batch.results(), index, rows):
+        kit.assert_close(result, kit.Oracle(objects[r], row))
 
 
 @pytest.mark.parametrize("runs", [False, True])
@@ -76,8 +76,8 @@ def test_the_reference_bits(problem, runs: bool) -> None:
     """NaN == NaN aside, equality of floats here is equality of bits: no result is -0."""
     _, rubrics, index, rows = problem(2, 150, 1500, runs)
     batch = aggregate_batch(rubrics, index, rows)
-    for i, row in enumerate(rows):
-        assert batch.result(i) == aggregate(rubrics[index[i]], row)
+    assert batch.results() == [aggregate(rubrics[r], row) for r, row in zip(index, rows)]
+    assert batch.result(77) == batch.results()[77] and batch.results(5, 9) == batch.results()[5:9]
     zeros = np.concatenate([batch.attribution, batch.pair_attribution.ravel(), batch.reward])
     assert not np.signbit(zeros[zeros == 0]).any()
 
@@ -157,8 +157,7 @@ def test_wide_rubrics_and_the_last_rows(kit, n_criteria: int) -> None:
     rng = np.random.default_rng(n_criteria)
     rows = [{f"c{k}": float(s) for k, s in enumerate(rng.random(n_criteria, np.float32))} for _ in range(19)]
     batch = aggregate_batch([rubric], [0] * 19, rows)
-    for i, row in enumerate(rows):
-        assert batch.result(i) == aggregate(rubric, row)
+    assert batch.results() == [aggregate(rubric, row) for row in rows]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.1, -0.01])
