@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload.layerwise import (
     LAYERWISE_INFO,
     finalize_layerwise_reload,
@@ -117,6 +118,11 @@ class SharedMemoryBackend(WeightTransferEngine[InitInfo, BucketInfo]):
     def finish_weight_update(self) -> None:
         """Process what is left and put the running form of every layer back."""
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            # A head tied to the embeddings gets no tensor of its own, so the reload leaves its packed copy as it was.
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
 
     def abandon(self) -> None:
         """Put back the running form of layers that are not complete; complete ones keep their new weights."""

@@ -74,6 +74,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [make_model(tmp_path_factory.mktemp(f"model{i}"), seed=i) for i in range(3)]
 
 
+@pytest.fixture(scope="session")
+def tied_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three random models whose output head is their embedding matrix."""
+    from tiny_moe import make_model
+
+    return [make_model(tmp_path_factory.mktemp(f"tied{i}"), seed=10 + i, tied=True) for i in range(3)]
+
+
 @pytest.fixture
 def socket_directory() -> Iterator[Path]:
     """A directory whose path is short enough for a socket."""
@@ -101,6 +109,6 @@ def engine(run: Run, tiny_models: list[Path]) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def direct_engine(run: Run, tiny_models: list[Path]) -> Iterator[Engine]:
-    """An engine that loads buckets as they come, without a copy of its own."""
-    yield from serve(run, tiny_models[0], staging="direct", role="judge")
+def direct_engine(run: Run, tied_models: list[Path]) -> Iterator[Engine]:
+    """An engine that loads buckets as they come, without a copy of its own; its model's head is tied."""
+    yield from serve(run, tied_models[0], staging="direct", role="judge")

@@ -206,17 +206,20 @@ def test_update_with_half_precision_tensors_into_a_float32_engine(engine, run, t
 # --- staging "direct": no copy of the new version, none of the old --------------------------------------------------
 
 
-def test_direct_loading_is_exact_although_buckets_cut_through_layers(direct_engine, run, tiny_models):
-    """The segments are filled again while layers are unfinished: what the reload still needs must have been copied."""
-    for model_dir, bucket_bytes in ((tiny_models[1], 20_000), (tiny_models[2], 50_000)):
+def test_direct_loading_is_exact_although_buckets_cut_through_layers(direct_engine, run, tied_models):
+    """The segments are filled again while layers are unfinished: what the reload still needs must have been copied.
+
+    And a head tied to the embeddings, which gets no tensor of its own, must follow them.
+    """
+    for model_dir, bucket_bytes in ((tied_models[1], 20_000), (tied_models[2], 50_000)):
         update(direct_engine, run, model_dir, bucket_bytes=bucket_bytes)
         assert worst_difference(direct_engine, run, model_dir) < 1e-4
 
 
-def test_a_fault_while_loading_directly_leaves_nothing_in_service(direct_engine, run, tiny_models):
+def test_a_fault_while_loading_directly_leaves_nothing_in_service(direct_engine, run, tied_models):
     good = direct_engine.model_dir
     with pytest.raises(RemoteError, match=r"checksum .*, the sender's is"):
-        run(publish(direct_engine.client, tiny_models[0], direct_engine.version + 1, spoil=flip_a_byte))
+        run(publish(direct_engine.client, tied_models[0], direct_engine.version + 1, spoil=flip_a_byte))
     weights = run(direct_engine.client.checksum())
     assert (weights.version, weights.state, weights.checksum) == (-1, "broken", "")
     with pytest.raises(RemoteError, match="no weight version is in service"):
@@ -225,8 +228,8 @@ def test_a_fault_while_loading_directly_leaves_nothing_in_service(direct_engine,
     assert worst_difference(direct_engine, run, good) < 1e-4
 
 
-def test_requests_wait_while_buckets_are_loaded_directly(direct_engine, run, tiny_models):
-    new = next(m for m in tiny_models if m != direct_engine.model_dir)
+def test_requests_wait_while_buckets_are_loaded_directly(direct_engine, run, tied_models):
+    new = next(m for m in tied_models if m != direct_engine.model_dir)
     sent: list[asyncio.Task] = []
 
     def ask(i, bucket, segment):

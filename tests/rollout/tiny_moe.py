@@ -40,8 +40,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(directory: Path, seed: int, dtype: torch.dtype = torch.float32, with_tokenizer: bool = True) -> Path:
-    """Save a random model: 4 layers, hidden 64, 8 experts, 2 of them a token."""
+def make_model(directory: Path, seed: int, dtype: torch.dtype = torch.float32, tied: bool = False) -> Path:
+    """Save a random model: 4 layers, hidden 64, 8 experts, 2 of them a token; `tied`: the head is the embeddings."""
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY,
@@ -56,12 +56,11 @@ def make_model(directory: Path, seed: int, dtype: torch.dtype = torch.float32, w
         num_experts_per_tok=2,
         norm_topk_prob=True,
         max_position_embeddings=1024,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         initializer_range=0.1,
     )
     Qwen3MoeForCausalLM(config).to(dtype).save_pretrained(directory)
-    if with_tokenizer:
-        make_tokenizer().save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
     return directory
 
 
