@@ -109,6 +109,10 @@ def build_engine(config: EngineConfig, cpu: bool) -> LLMEngine:
     args: dict[str, Any] = {}
     if cpu:
         args["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+        # A sample drawn in the middle of a chunked prefill is discarded and its random generator rewound, which a CPU
+        # generator cannot do: there, a prompt is read whole.
+        args["enable_chunked_prefill"] = False
+        args["max_num_batched_tokens"] = max(4096, config.max_model_len)
     else:
         args["gpu_memory_utilization"] = config.gpu_memory_utilization
         args["enable_sleep_mode"] = config.sleep_mode

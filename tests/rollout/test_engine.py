@@ -49,6 +49,12 @@ def test_same_seeds_same_tokens_other_seeds_other_tokens(engine, run):
     assert len({tuple(c.token_ids.tolist()) for c in first}) == 8
 
 
+def test_more_prompts_than_one_step_can_read(engine, run):
+    """Prompt tokens beyond a step's budget: a chunked prefill would rewind a CPU generator, which has no offset."""
+    requests = [GenerateRequest(prompt(90, i), 2, seed=i) for i in range(64)]
+    assert {c.finish_reason for c in run(engine.client.generate(requests))} == {"length"}
+
+
 def test_stop_token_ends_the_sample_and_is_kept(engine, run):
     (free,) = run(engine.client.generate([GenerateRequest(prompt(15), 16, seed=5)]))
     stop = int(free.token_ids[6])
