@@ -11,6 +11,7 @@ import asyncio
 import collections
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import groupby
 
@@ -309,7 +310,7 @@ class Judge:
         self.stats.read += judgement.read
         self.stats.unread += not judgement.read
         if judgement.reason is not None:
-            self.stats.failures[judgement.reason.partition(":")[0]] += 1
+            self.stats.failures[_kind(judgement.reason)] += 1
         return judgement
 
 
@@ -344,6 +345,11 @@ def check_stored(rubric: Rubric, stored: Mapping[str, float | None] | None) -> N
             raise BadInput(
                 f"rubric {rubric.id}", name, f"stored judgement {value!r} is not between {low:g} and {high:g}"
             )
+
+
+def _kind(reason: str) -> str:
+    """What sort of failure it is: the reason without its particulars."""
+    return re.sub(r"\d+", "#", reason.partition(":")[0])
 
 
 def _drawn(criterion: Criterion, drawn: Drawn) -> Judgement:

@@ -152,6 +152,11 @@ async def _score(rubrics: Path, responses: Path, out: Path, use: JudgeUse) -> Sc
             )
 
 
+def _shown(value: float, form: str = ".2f") -> str:
+    """A number, or a dash where the data cannot say."""
+    return "-" if value != value else format(value, form)
+
+
 def show_report(report: JudgeReport) -> None:
     """A judge's examination as tables on standard output."""
     console = Console(width=None if sys.stdout.isatty() else 110)
@@ -159,20 +164,22 @@ def show_report(report: JudgeReport) -> None:
     for column in ("criterion", "n", "unread", "accuracy", "kappa", "quadratic", "alpha", "rank corr."):
         table.add_column(column, justify="left" if column == "criterion" else "right")
     for name, a in [*report.criteria.items(), ("all", report.overall)]:
-        cells = [f"{i.value:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in (a.accuracy, a.kappa)]
-        rest = [f"{i.value:.2f}" for i in (a.quadratic_kappa, a.alpha, a.spearman)]
+        cells = [f"{_shown(i.value)} [{_shown(i.low)}, {_shown(i.high)}]" for i in (a.accuracy, a.kappa)]
+        rest = [_shown(i.value) for i in (a.quadratic_kappa, a.alpha, a.spearman)]
         table.add_row(name, str(a.n), f"{a.unread:.0%}", *cells, *rest, end_section=name != "all")
     console.print(table)
     b, before, after = report.biases, report.compression, report.compression_calibrated
-    console.print(
-        f"calibration error {report.calibration_error:.3f}, {report.calibration_error_calibrated:.3f} calibrated; "
-        f"scores in the top fifth {before['top_fifth']:.0%}, {after['top_fifth']:.0%} calibrated\n"
-        f"flips on a second draw {report.flip_rate:.1%}; tiers listed highest first change the score by "
-        f"{b.tier_order:.3f}; length bias {b.length.value:+.2f}; verbosity {b.verbosity:+.3f}; "
-        f"self-preference {b.self_preference.value:+.3f}\n"
+    shares = [_shown(c["top_fifth"], ".0%") for c in (before, after)]
+    lines = (
+        f"calibration error {report.calibration_error:.3f}, {report.calibration_error_calibrated:.3f} calibrated",
+        f"scores in the top fifth {shares[0]}, {shares[1]} calibrated",
+        f"flips on a second draw {report.flip_rate:.1%}",
+        f"change when tiers are listed highest first {_shown(b.tier_order, '.3f')}",
+        f"length bias {_shown(b.length.value, '+.2f')}, verbosity {_shown(b.verbosity, '+.3f')}, "
+        f"self-preference {_shown(b.self_preference.value, '+.3f')}",
         f"{report.judgements_per_second:.0f} judgements a second",
-        markup=False,
     )
+    console.print("\n".join(lines), markup=False)
     if report.attacks is None:
         return
     table = Table(title=f"attacks: {report.attacks.fooled:.1%} fooled, {report.attacks.fooled_uncaught:.1%} uncaught")
@@ -180,7 +187,7 @@ def show_report(report: JudgeReport) -> None:
         table.add_column(column, justify="left" if column == "attack" else "right")
     for r in sorted(report.attacks.results, key=lambda r: -r.fooled):
         shares = [f"{x:.0%}" for x in (r.fooled, r.unread, r.caught)]
-        table.add_row(r.attack, f"{r.gain:+.2f}", f"{r.worst:+.2f}", *shares)
+        table.add_row(r.attack, _shown(r.gain, "+.2f"), _shown(r.worst, "+.2f"), *shares)
     console.print(table)
 
 
