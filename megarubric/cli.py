@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from megarubric import __version__
 from megarubric.errors import BadInput, MegarubricError
@@ -30,15 +31,45 @@ def _sft(a: argparse.Namespace) -> int:
 
 
 def _eval(a: argparse.Namespace) -> int:
+    if a.suite == "judge":
+        return _eval_judge(a)
+    if a.model is None:
+        raise BadInput("command line", "--model", "names the policy to evaluate, and is missing")
     from megarubric.launch.run import run_eval
 
     return run_eval(a.config, a.overrides, model=a.model, out=a.out, as_json=a.json)
 
 
-def _score(a: argparse.Namespace) -> int:
-    from megarubric.launch.score import run_score_verb
+def _eval_judge(a: argparse.Namespace) -> int:
+    from megarubric.config import load_train
+    from megarubric.judging.judge import JudgeSettings
+    from megarubric.judging.verb import JudgeUse, run_judge_eval
+    from megarubric.launch.engines import judge_engine
 
-    return run_score_verb(a)
+    c = load_train(a.config, a.overrides)
+    if a.labelled is None or a.rubrics is None:
+        raise BadInput("command line", "--suite judge", "needs --rubrics and --labelled")
+    judge = a.model or c.judge.url or c.judge.model or c.model.path
+    settings = JudgeSettings(template=c.judge.template, min_tier_mass=c.judge.min_tier_mass)
+    use = JudgeUse(judge, "cpu", judge_engine, settings)
+    return run_judge_eval(a.rubrics, a.labelled, Path(a.out), use, as_json=a.json)
+
+
+def _score(a: argparse.Namespace) -> int:
+    from megarubric.judging.verb import run_score
+    from megarubric.launch.engines import judge_engine
+
+    return run_score(
+        a.rubrics,
+        a.responses,
+        a.out,
+        a.judge,
+        a.device,
+        engine_factory=judge_engine,
+        cache=a.cache,
+        replay_only=a.replay_only,
+        as_json=a.json,
+    )
 
 
 def _doctor(a: argparse.Namespace) -> int:
@@ -63,6 +94,12 @@ def _rubrics_show(a: argparse.Namespace) -> int:
     from megarubric.rubrics import commands
 
     return commands.show(a.paths, ids=a.id, as_json=a.json)
+
+
+def _rubrics_import(a: argparse.Namespace) -> int:
+    from megarubric.rubrics import commands
+
+    return commands.import_(a.paths, a.out, a.format, as_json=a.json)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,16 +131,22 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("eval", _eval, "evaluate a model on a config's held-out prompts; writes eval.json and a table")
     config(p)
-    p.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of the policy to evaluate")
+    p.add_argument("--model", metavar="DIR", help="Hugging Face directory of the policy (or judge) to evaluate")
+    p.add_argument("--suite", choices=("heldout", "judge"), default="heldout", help="what is measured")
+    p.add_argument("--rubrics", type=Path, metavar="FILE", help="suite judge: rubrics of the labelled answers")
+    p.add_argument("--labelled", type=Path, metavar="FILE", help="suite judge: answers with known judgements, JSONL")
     p.add_argument("--out", metavar="FILE", default="eval.json", help="where the result goes (default eval.json)")
     p.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
 
     p = verb("score", _score, "judge and aggregate stored responses")
-    p.add_argument("--rubrics", required=True, metavar="FILE", help="rubric file or directory")
-    p.add_argument("--responses", required=True, metavar="FILE", help="JSONL, one response a line")
-    p.add_argument("--out", required=True, metavar="FILE", help="JSONL, one score a line, same order")
+    p.add_argument("--rubrics", type=Path, required=True, metavar="FILE", help="rubric file or directory")
+    p.add_argument("--responses", type=Path, required=True, metavar="FILE", help="JSONL, one response a line")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL, one score a line, same order")
     p.add_argument("--judge", default="none", metavar="none|MODEL_DIR|URL", help="who judges what is not stored")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where scores are aggregated")
+    p.add_argument("--cache", type=Path, metavar="FILE", help="SQLite file of judgements: nothing is judged twice")
+    p.add_argument("--replay-only", action="store_true", help="with --cache: ask no judge at all")
+    p.add_argument("--json", action="store_true", help="print the counts as JSON")
 
     p = verb("doctor", _doctor, "what this machine can run")
     p.add_argument("--json", action="store_true")
@@ -120,6 +163,11 @@ def parser() -> argparse.ArgumentParser:
     p = verb("show", _rubrics_show, "print rubrics, readable", corpus)
     p.add_argument("paths", nargs="+", metavar="PATH")
     p.add_argument("--id", action="append", default=[], help="only this rubric (may be repeated)")
+    p.add_argument("--json", action="store_true")
+    p = verb("import", _rubrics_import, "read other projects' rubrics into one corpus file", corpus)
+    p.add_argument("paths", nargs="+", metavar="PATH")
+    p.add_argument("--out", required=True, metavar="FILE", help="JSONL corpus file to write")
+    p.add_argument("--format", help="told from the first line of each file when not given")
     p.add_argument("--json", action="store_true")
     return top
 

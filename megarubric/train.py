@@ -12,7 +12,6 @@ import numpy as np
 from megarubric.errors import Interrupted
 from megarubric.evaluate.heldout import evaluate
 from megarubric.evaluate.summary import flat
-from megarubric.exchange.update import exchange
 from megarubric.launch.run import Run
 from megarubric.observe.terminal import say, step_line
 from megarubric.recipe.algorithms import algorithm
@@ -65,16 +64,14 @@ async def train(run: Run) -> None:
 
             # Train: one or more optimizer steps on the batch.
             with clock("train"):
+                await system.training()
                 lr = learning_rate(c.train, step)
                 trained = await learn(trainer, batch, settings, lr)
 
             # Exchange: the new weights go into service on every policy engine, as one version.
-            sent = 0
             with clock("exchange"):
                 state.version += 1
-                if system.policies:
-                    report = await exchange(trainer, system.policies, state.version, c.exchange.verify)
-                    sent = report.nbytes
+                sent = await system.publish(state.version, c.exchange.verify)
 
         state.step = step
         metrics = step_metrics(answers, degenerate, times, trained) | clock.seconds

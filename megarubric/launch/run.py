@@ -12,7 +12,6 @@ import msgspec
 from megarubric.config import TrainConfig, dump, load_train
 from megarubric.errors import BadInput, MegarubricError, ProcessDied
 from megarubric.evaluate.summary import Summary
-from megarubric.exchange.update import exchange
 from megarubric.launch import dry_run, plan
 from megarubric.launch.rundir import RunDir, RunState, claim
 from megarubric.launch.signals import StopFlag
@@ -124,8 +123,7 @@ class Run:
             self.state = state
             self.order.load_state_dict(state.data)
             self.criterion_means.load_state_dict(state.criterion_means)
-            if self.system.policies:
-                await exchange(self.system.trainer, self.system.policies, state.version, self.config.exchange.verify)
+            await self.system.publish(state.version, self.config.exchange.verify)
             terminal.say(f"resumed from {path}")
             return
         if refused:

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from megarubric.config import TrainConfig
 from megarubric.exchange.rpc import ipc_endpoint
-from megarubric.judging.backends.engine import EngineBackend
-from megarubric.judging.backends.openai import OpenAIBackend, OpenAISettings
+from megarubric.exchange.update import exchange
+from megarubric.judging.backends import backend_for_engine, backend_for_url
 from megarubric.judging.judge import Judge, JudgeSettings
 from megarubric.launch import plan
 from megarubric.launch.supervisor import Child, Supervisor, free_port
 from megarubric.megatron.client import TrainerClient
 from megarubric.megatron.messages import WorkerConfig
 from megarubric.rollout.client import EngineClient
-from megarubric.rollout.data import ChatTokenizer
 from megarubric.rollout.messages import EngineConfig
 
 
@@ -32,6 +31,8 @@ class System:
         self.policies: list[EngineClient] = []
         self.judge_engine: EngineClient | None = None
         self.judge: Judge | None = None
+        self.weight_version = 0
+        self.shares_devices = False  # engines and trainer on the same GPUs: they take turns (`training`)
 
     def start_engine(self, name: str, config: EngineConfig) -> EngineClient:
         """Start one engine process; it answers when the model is loaded."""
@@ -59,7 +60,33 @@ class System:
         waits = [engine.ready() for engine in engines]
         if self.trainer is not None:
             waits.append(self.trainer.describe())
-        await asyncio.gather(*waits)
+        found = await asyncio.gather(*waits)
+        self.shares_devices = bool(engines) and self.trainer is not None and found[-1].device != "cpu"
+
+    async def training(self) -> None:
+        """The devices go to the trainer: the policy drops its weights (they come back by exchange), the frozen judge
+        keeps its in host memory. On a CPU there is nothing to hand over."""
+        if self.shares_devices:
+            judge = [self.judge_engine.sleep(1)] if self.judge_engine else []
+            await asyncio.gather(*(p.sleep(2) for p in self.policies), *judge)
+            assert self.trainer is not None
+            await self.trainer.onload()
+
+    async def publish(self, version: int, verify: bool) -> int:
+        """The trainer's weights go into service as `version` on every policy engine, and the devices back to the
+        engines: first room for the weights, then the trainer leaves, then the KV caches. Returns the bytes sent."""
+        assert self.trainer is not None
+        self.weight_version = version
+        if not self.policies:
+            return 0
+        if self.shares_devices:
+            await asyncio.gather(*(p.wake(("weights",)) for p in self.policies))
+        report = await exchange(self.trainer, self.policies, version, verify)
+        if self.shares_devices:
+            await self.trainer.offload()
+            judge = [self.judge_engine.wake()] if self.judge_engine else []
+            await asyncio.gather(*(p.wake(("kv_cache",)) for p in self.policies), *judge)
+        return report.nbytes
 
     async def close(self) -> None:
         clients = [*self.policies, self.judge_engine, self.trainer]
@@ -102,16 +129,17 @@ def make_judge(config: TrainConfig, system: System) -> Judge:
         return Judge(None, settings)
     if j.kind == "url":
         assert j.url is not None
-        server = OpenAISettings(url=j.url, model=j.url_model or "default", concurrency=j.concurrency)
-        return Judge(OpenAIBackend(server), settings)
+        return Judge(backend_for_url(j.url, j.url_model, j.concurrency), settings)
     if j.kind == "policy":
-        return Judge(engine_backend(system.policies[0], plan.engine_config(config, "policy"), "policy"), settings)
+        engine = plan.engine_config(config, "policy")
+        backend = backend_for_engine(
+            system.policies[0],
+            engine.model_dir,
+            identity=lambda: f"policy:{config.name}@{system.weight_version}",
+            max_prompt_tokens=engine.max_model_len - 1,
+        )
+        return Judge(backend, settings)
     engine = plan.engine_config(config, "judge")
     system.judge_engine = system.start_engine("judge", engine)
-    return Judge(engine_backend(system.judge_engine, engine, f"frozen:{engine.model_dir}"), settings)
-
-
-def engine_backend(client: EngineClient, engine: EngineConfig, identity: str) -> EngineBackend:
-    """A judge backend on an engine process, with that model's tokenizer."""
-    tokenizer = ChatTokenizer(Path(engine.model_dir)).tokenizer
-    return EngineBackend(client, tokenizer, identity, engine.max_model_len - 1)
+    limit = engine.max_model_len - 1
+    return Judge(backend_for_engine(system.judge_engine, engine.model_dir, max_prompt_tokens=limit), settings)
