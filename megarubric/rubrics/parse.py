@@ -125,8 +125,6 @@ def _broken_rules(rubric: Rubric) -> Iterator[tuple[KeyPath, str]]:
 def _broken_criterion(criterion: Criterion, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
     if not math.isfinite(criterion.weight):
         yield (*path, "weight"), f"{criterion.weight} is not a finite number"
-    if criterion.check is None and not criterion.description.strip():
-        yield (*path, "description"), "a judged criterion needs a description"
     if criterion.saturation is not None and not math.isfinite(criterion.saturation.beta):
         yield (*path, "saturation", "beta"), "not a finite number"
     if criterion.tiers is None:
@@ -237,7 +235,7 @@ def _explained(message: str, tree: dict[Any, Any]) -> Problem:
     if text.startswith("Invalid enum value"):
         return Problem(path, f"{shown(value)} is not one of {', '.join(_choices(path))}")
     if "matching regex" in text:
-        allowed = "a-z 0-9 . _ -" if path == ("id",) else "A-Z a-z 0-9 . _ : -"
+        allowed = "a-z 0-9 . _ -" if path == ("id",) else "letters, digits and . _ : -"
         return Problem(path, f"{shown(value)} is not an id: only {allowed}, at least one")
     if found := re.fullmatch(r"Expected `(.+?)`, got `(.+?)`", text):
         wanted = [_MSGSPEC_NAMES.get(t.strip(), t.strip()) for t in found[1].split("|") if t.strip() != "null"]

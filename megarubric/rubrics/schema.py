@@ -25,7 +25,7 @@ AUTHORS: tuple[Author, ...] = get_args(Author)
 # `\Z`, not `$`: the latter lets a trailing newline through.
 RubricId = Annotated[str, Meta(pattern=r"^[a-z0-9._-]+\Z", max_length=200)]
 # Criterion ids become metric names and, joined by "*", attribution keys.
-CriterionId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]+\Z", max_length=200)]
+CriterionId = Annotated[str, Meta(pattern=r"^[\w.:-]+\Z", max_length=200)]
 
 
 class Tier(Struct, frozen=True, forbid_unknown_fields=True):

@@ -64,6 +64,7 @@ FINDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         judged("Speaks of the cost, without consoling or exhorting."),
     ),
     ("compound-criterion", judged("说明时间并且给出地点。"), judged("说明时间。")),
+    ("no-description", judged(" "), with_criterion(description="", check={"kind": "punctuation:no_comma"})),
     ("vague-word", judged("The note is engaging."), judged("The note opens with the delay.")),
     (
         "vague-word",

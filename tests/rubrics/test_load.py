@@ -182,8 +182,8 @@ def test_look_up() -> None:
     assert len(corpus) == 60
     assert corpus.get("r007").id == "r007"
     assert "r007" in corpus and "x" not in corpus
-    with pytest.raises(BadInput, match=r"made: rubric r07: no such rubric; did you mean r"):
-        corpus.get("r07")
+    with pytest.raises(BadInput, match=r"made: rubric r0007: no such rubric; did you mean r"):
+        corpus.get("r0007")
     assert [r.id for r in corpus.by_tag("odd")][:2] == ["r001", "r003"]
     assert len(corpus.by_tag("all")) == 60 and corpus.by_tag("none") == ()
     assert len(corpus.by_family("style")) == 20 and len(corpus.by_scope("dataset")) == 30

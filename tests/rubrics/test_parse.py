@@ -185,7 +185,7 @@ REFUSED = [
     ("criteria.0.weight", math.nan, ["criterion calm", "weight", "finite"]),
     ("criteria.0.weight", math.inf, ["criterion calm", "weight", "finite"]),
     ("criteria.0.weight", 10**400, ["criterion calm", "weight"]),
-    ("criteria.0.description", "  ", ["criterion calm", "description"]),
+    ("criteria.0.id", "a*b", ["criterion a*b", "not an id"]),
     ("criteria.0.description", 3, ["criterion calm", "description", "text"]),
     ("criteria.0.description", "\ud800", ["story.plain-narrative", "UTF-8"]),
     ("criteria.0.tiers", [{"value": 0, "text": "only"}], ["criterion calm", "tiers", "two"]),

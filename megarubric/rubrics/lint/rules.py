@@ -69,6 +69,17 @@ def _anchored(c: Criterion) -> bool:
 
 
 @rule(
+    "no-description",
+    "A judged criterion without a description asks the judge nothing.",
+    "criteria: [{id: calm, weight: 1}]",
+)
+def no_description(rubric: Rubric) -> Found:
+    for c in _judged(rubric):
+        if not c.description.strip():
+            yield c.id, "no description"
+
+
+@rule(
     "tier-text",
     "A tier without text leaves its meaning to the judge; more than ten tiers are finer than any judge's noise.",
     "tiers: [{value: 0, text: ''}, {value: 1, text: Says so.}]",
