@@ -32,8 +32,13 @@ def ours(steps: int, directory: Path) -> list[float]:
     """Seconds of each step after the first, from metrics.jsonl."""
     rows = []
     for row in rubric_rows():
-        row["criteria"] = [{"id": "length", "description": "Words.", "check": {
-            "kind": "length_constraints:number_words", "relation": "between", "min": 30, "max": 60}}]
+        row["criteria"] = [
+            {
+                "id": "length",
+                "description": "Words.",
+                "check": {"kind": "length_constraints:number_words", "relation": "between", "min": 30, "max": 60},
+            }
+        ]
         row.pop("pairs", None), row.pop("shaping", None)
         rows.append(row)
     data = directory / "prompts.jsonl"
