@@ -81,9 +81,9 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 typedef double Double __attribute__((vector_size(MR_BYTES)));  // half as many lanes
 typedef int64_t Long __attribute__((vector_size(MR_BYTES)));
 
-MR_INLINE Float splat(float x) { return Float{} + x; }
-MR_INLINE Int splat_int(int32_t x) { return Int{} + x; }
-MR_INLINE Double splat_double(double x) { return Double{} + x; }
+MR_INLINE Float splat(float x) { return x - Float{}; }  // - 0 is nothing to the compiler, + 0 would be an addition
+MR_INLINE Int splat_int(int32_t x) { return x - Int{}; }
+MR_INLINE Double splat_double(double x) { return x - Double{}; }
 MR_INLINE Int float_bits(Float x) { return (Int)x; }
 MR_INLINE Float bits_float(Int x) { return (Float)x; }
 MR_INLINE Long double_bits(Double x) { return (Long)x; }
