@@ -365,6 +365,7 @@ def alive(pid: int) -> bool:
 
 def test_worker_answers_refuses_and_ends_when_a_rank_is_killed(model_dir, tmp_path):
     from megarubric.errors import ProcessDied
+    from megarubric.exchange.buckets import SHM_DIR
     from megarubric.exchange.rpc import RemoteError
     from megarubric.recipe.algorithms import algorithm
 
@@ -408,6 +409,7 @@ def test_worker_answers_refuses_and_ends_when_a_rank_is_killed(model_dir, tmp_pa
         assert job.gone_within(15), "rank 0 outlived rank 1"
         assert job.parent.wait(10) == 0  # it waited for both ranks and had nothing left
         assert "lost another one" in job.logs[0].read_text().splitlines()[-1]
+        assert list(SHM_DIR.glob(f"mrtest-{os.getpid()}-job*")) == []  # nor did it leave its segments
     finally:
         job.stop()
 
@@ -429,7 +431,7 @@ def test_no_rank_outlives_a_killed_parent(model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("written", "line"),
     [
-        ('{"model_dir": "nowhere"}', "nowhere/config.json: No such file or directory"),
+        ('{"model_dir": "nowhere"}', "nowhere: No such file or directory"),
         ('{"model_dir": "x", "layers": 3}', "worker.json: Object contains unknown field `layers`"),
     ],
 )
