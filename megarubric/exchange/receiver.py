@@ -87,7 +87,7 @@ class _Staged:
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def fill(self, source: memoryview) -> None:
-        self._mapping[: len(source)] = source  # type: ignore[assignment]
+        self._mapping[: len(source)] = source
 
     def close(self) -> None:
         self._mapping.close()
@@ -136,7 +136,7 @@ class Receiver:
         self._started = time.monotonic()
         if self.staging == "direct":
             self.version, self.checksum = -1, ""
-            self._write(lambda: self._call_workers("start_weight_update", ()))
+            self._write("start_weight_update")
         self.state = State.RECEIVING
 
     def load(self, version: int, bucket: Bucket) -> None:
@@ -159,7 +159,7 @@ class Receiver:
             self._forget()
             raise UpdateRefused(f"version {version}: {error}") from error
         if self.staging == "direct":
-            self._write(lambda: self._call_workers("update_weights", (_update_info(bucket.segment, bucket),)))
+            self._write("update_weights", _update_info(bucket.segment, bucket))
 
     def check(self, version: int, checksum: str) -> None:
         """Raise UpdateRefused, and forget the update, unless `version` is complete with `checksum`."""
@@ -183,11 +183,10 @@ class Receiver:
         """
         self.check(version, checksum)
         if self.staging == "host":
-            self._write(lambda: self._call_workers("start_weight_update", ()))
+            self._write("start_weight_update")
             for staged, bucket in self._staged:
-                info = _update_info(staged.mapping, bucket)
-                self._write(lambda info=info: self._call_workers("update_weights", (info,)))
-        self._write(lambda: self._call_workers("finish_weight_update", ()))
+                self._write("update_weights", _update_info(staged.mapping, bucket))
+        self._write("finish_weight_update")
         self.state = State.READY
         self._forget()
         self.version, self.checksum = version, checksum
@@ -209,10 +208,10 @@ class Receiver:
             staged.close()
         self._pool.clear()
 
-    def _write(self, step: Callable[[], Any]) -> None:
-        """Run a step that changes the model; a failure leaves no version in service."""
+    def _write(self, method: str, *args: Any) -> None:
+        """Have the workers take a step that changes the model; a failure leaves no version in service."""
         try:
-            step()
+            self._call_workers(method, args)
         except Exception as error:
             self._abandon()
             self.state, self.version, self.checksum = State.BROKEN, -1, ""

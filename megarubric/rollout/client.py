@@ -122,5 +122,5 @@ class EngineClient:
     async def close(self) -> None:
         await self._rpc.close()
 
-    async def _call[R](self, body: msgspec.Struct, timeout_s: float | None = None) -> R:  # type: ignore[type-var]
+    async def _call[R](self, body: msgspec.Struct, timeout_s: float | None = None) -> R:
         return (await self._rpc.call(body, timeout_s=timeout_s))[0]  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `model_dir` is a Hugging Face directory (config.json and safetensors), `weight_version` the label of its weights.
     `max_model_len` counts prompt and answer tokens together. On a GPU the engine takes `gpu_memory_utilization` of the
     device; on a CPU the KV cache takes `kv_cache_gib` GiB of host memory and `threads` cores compute. `block_size`
-    tokens share one KV block, the grain of prefix sharing (0: vLLM's choice).
+    tokens share one KV block, the grain of prefix sharing (0: vLLM's choice on a GPU, 32 on a CPU).
 
     `staging` says how a weight update arrives: "host" keeps the whole new version in host memory until it is verified,
     so that a bad update leaves the old version serving; "direct" loads bucket by bucket into an idle engine, without
