@@ -149,7 +149,9 @@ class ChatTokenizer:
         self._system = (Message("system", system_prompt),) if system_prompt else ()
         self._options = dict(template_options or {})
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model_dir))
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(model_dir), local_files_only=True
+            )
         except (OSError, ValueError) as error:
             raise BadInput(model_dir, "tokenizer", str(error).splitlines()[0]) from error
         if not self.tokenizer.chat_template:

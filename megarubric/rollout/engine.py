@@ -93,6 +93,7 @@ def set_environment(config: EngineConfig, cpu: bool) -> None:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stdout")
     if cpu:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on shared cores
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling one helper of the sampler takes 17 s and gains nothing
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines and trainer ranks share the cores
 

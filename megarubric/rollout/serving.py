@@ -156,6 +156,7 @@ class EngineLoop:
             case m.ScoreTokens(sequences):
                 self._score_tokens(call, m.unpack_ragged(sequences, call.frames))
             case m.BeginUpdate(version, manifest):
+                self._need_weights_awake(version)
                 self.receiver.begin(version, manifest)
                 call.reply(self._weights())
             case m.FinishUpdate():
@@ -295,8 +296,7 @@ class EngineLoop:
 
     def _finish_update(self, call: Call) -> None:
         update: m.FinishUpdate = call.body
-        if "weights" in self._asleep:
-            raise UpdateRefused(f"version {update.version}: the weights are asleep, wake them first")
+        self._need_weights_awake(update.version)
         seconds = self.receiver.finish(update.version, update.checksum)
         # Keys and values of the old weights must not be read again: vLLM does not forget them by itself. Requests
         # that go on compute theirs anew.
@@ -304,6 +304,10 @@ class EngineLoop:
         self.engine.set_weight_version(str(update.version))
         log.info("serving weight version %d after %.3f s", update.version, seconds)
         call.reply(self._weights(with_checksum=True, seconds=seconds))
+
+    def _need_weights_awake(self, version: int) -> None:
+        if "weights" in self._asleep:
+            raise UpdateRefused(f"version {version}: the weights are asleep, wake them first")
 
     def _weights(self, with_checksum: bool = False, seconds: float = 0.0) -> m.Weights:
         if with_checksum and not self.receiver.checksum and self.receiver.state is not State.BROKEN:
