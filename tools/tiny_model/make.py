@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--judge", type=int, default=12000, help="judge rows (data)")
     parser.add_argument("--drill", type=int, default=10000, help="judge rows on one sentence (data)")
     parser.add_argument("--copy", type=int, default=12000, help="rows that only copy slot values (data)")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the training rows (data)")
     options = parser.parse_args()
     out: Path = options.out
     if options.what == "tokenizer":
@@ -146,7 +147,8 @@ def main() -> None:
         write_jsonl(out / "train.jsonl", quickstart_rubrics(200, SEED, held_out=False))
         write_jsonl(out / "heldout.jsonl", quickstart_rubrics(40, SEED, held_out=True))
     else:
-        write_jsonl(out / "sft.jsonl", training_rows(options.writing, options.judge, options.drill, options.copy))
+        counts = {f"n_{name}": getattr(options, name) for name in ("writing", "judge", "drill", "copy")}
+        write_jsonl(out / "sft.jsonl", training_rows(**counts, seed=options.seed))
         write_jsonl(out / "judge_heldout.jsonl", judge_pairs(200, held_out_wording=False))
         write_jsonl(out / "judge_heldout_wording.jsonl", judge_pairs(100, held_out_wording=True))
 

@@ -6,6 +6,8 @@ from collections import Counter
 from random import Random
 from typing import Any
 
+from megarubric.rubrics import parse_rubric
+from megarubric.rubrics.lint.near import near_duplicates
 from tools.tiny_model.texts import load
 from tools.tiny_model.writer import MAX_WORDS, MIN_WORDS, Request, draw_request
 
@@ -108,18 +110,22 @@ def rubric_for(request: Request, identifier: str) -> dict[str, Any]:
 
 
 def quickstart_rubrics(n: int, seed: int, held_out: bool) -> list[dict[str, Any]]:
-    """`n` rubrics with different prompts, the families in turn; `held_out` as in `texts.draw_value`."""
+    """`n` rubrics with different prompts, the families in turn and none a near-duplicate (lint) of one before it;
+    `held_out` as in `texts.draw_value`."""
     rng = Random(f"quickstart:{seed}:{held_out}")
     families = [family["id"] for family in load("families")]
+    part = "heldout" if held_out else "train"
     rubrics: list[dict[str, Any]] = []
     seen: set[str] = set()
     count: Counter[str] = Counter()
     while len(rubrics) < n:
-        request = draw_request(rng, held_out, families[len(rubrics) % len(families)])
-        if request.prompt in seen:
-            continue
-        seen.add(request.prompt)
-        count[request.family] += 1
-        part = "heldout" if held_out else "train"
-        rubrics.append(rubric_for(request, f"quickstart.{part}.{request.family}-{count[request.family]:02d}"))
+        while len(rubrics) < n:
+            request = draw_request(rng, held_out, families[len(rubrics) % len(families)])
+            if request.prompt in seen:
+                continue
+            seen.add(request.prompt)
+            count[request.family] += 1
+            rubrics.append(rubric_for(request, f"quickstart.{part}.{request.family}-{count[request.family]:02d}"))
+        alike = {later for later, _, _ in near_duplicates([parse_rubric(r, "quickstart") for r in rubrics])}
+        rubrics = [rubric for i, rubric in enumerate(rubrics) if i not in alike]
     return rubrics
