@@ -21,7 +21,7 @@ if [ "$want_packages" != "$have_packages" ]; then
   fi
   .venv/bin/python -m pip install -q --disable-pip-version-check uv 2>/dev/null || true
   # The lock is complete, so nothing is resolved here: what was tried together is what gets installed.
-  if ! VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q --no-deps -r "$lock"; then
+  if ! VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q --no-deps --compile-bytecode -r "$lock"; then
     echo "setup: uv could not install the lock, trying pip"
     .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps -r "$lock"
   fi

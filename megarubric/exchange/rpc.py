@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from megarubric.errors import MegarubricError, ProcessDied
 
 PROTOCOL = 1
+WATCH_S = 0.25  # how often a waiting client looks whether its peer's process still lives
 _WIRE_DTYPES = frozenset({"uint8", "int32", "int64", "float32", "float64", "bool"})
 
 
@@ -226,7 +227,7 @@ class Client:
         self._decode_header = msgspec.msgpack.Decoder(Header)
         self._decode_body = msgspec.msgpack.Decoder(reply_type)
         self._decode_error = msgspec.msgpack.Decoder(ErrorReply)
-        self._reader: asyncio.Task[None] | None = None
+        self._tasks: tuple[asyncio.Task[None], asyncio.Task[None]] | None = None
 
     async def call(
         self, body: msgspec.Struct, frames: Sequence[bytes | memoryview] = (), timeout_s: float | None = None
@@ -236,27 +237,31 @@ class Client:
         Raises RemoteError when the peer answers with an error, ProcessDied when its process ended, TimeoutError after
         `timeout_s` seconds.
         """
-        if self._reader is None:
-            self._reader = asyncio.create_task(self._read())
+        if self._tasks is None:
+            self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._watch()))
         number = next(self._numbers)
         future: asyncio.Future[tuple[Any, list[bytes]]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
             header = msgspec.msgpack.encode(Header(PROTOCOL, number))
             await self._socket.send_multipart([header, msgspec.msgpack.encode(body), *frames])
-            waited = 0.0
-            while not future.done():
-                await asyncio.wait([future], timeout=0.25)
-                if future.done():
-                    break
-                waited += 0.25
-                if (ended := self._peer_status()) is not None:
-                    raise ProcessDied(ended)
-                if timeout_s is not None and waited >= timeout_s:
-                    raise TimeoutError(f"{type(body).__name__}: no answer within {timeout_s:g} s")
-            return future.result()
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            raise TimeoutError(f"{type(body).__name__}: no answer within {timeout_s:g} s") from None
         finally:
             self._waiting.pop(number, None)
+
+    async def _watch(self) -> None:
+        """Fail every waiting call when the peer's process has ended."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if self._waiting and (ended := self._peer_status()) is not None:
+                self._fail(ProcessDied(ended))
+
+    def _fail(self, error: Exception) -> None:
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(error)
 
     async def _read(self) -> None:
         while True:
@@ -272,12 +277,10 @@ class Client:
                 else:
                     future.set_result((self._decode_body.decode(parts[1]), parts[2:]))
             except (msgspec.DecodeError, IndexError) as error:
-                for future in self._waiting.values():
-                    if not future.done():
-                        future.set_exception(WireError(f"unreadable reply: {error}"))
+                self._fail(WireError(f"unreadable reply: {error}"))
 
     async def close(self) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
+        for task in self._tasks or ():
+            task.cancel()
         self._socket.close()
         self._context.term()

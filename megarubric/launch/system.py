@@ -8,7 +8,10 @@ import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from megarubric.config import TrainConfig
+from megarubric.exchange.buckets import sweep
 from megarubric.exchange.rpc import ipc_endpoint
 from megarubric.exchange.update import exchange
 from megarubric.judging.backends import backend_for_engine, backend_for_url
@@ -32,6 +35,7 @@ class System:
         self.judge_engine: EngineClient | None = None
         self.judge: Judge | None = None
         self.weight_version = 0
+        self.shm_prefix = ""
         self.shares_devices = False  # engines and trainer on the same GPUs: they take turns (`training`)
 
     def start_engine(self, name: str, config: EngineConfig) -> EngineClient:
@@ -46,7 +50,10 @@ class System:
     def start_trainer(self, config: WorkerConfig, ranks: int, port: int | None) -> TrainerClient:
         """Start `ranks` trainer ranks on this host; rank 0 answers when all have built the model."""
         endpoint = ipc_endpoint(self.sockets, "trainer")
-        path = plan.write_json(self.supervisor.log_dir / "trainer.json", config)
+        path = self.supervisor.log_dir / "trainer.json"
+        sweep_left_behind(path)
+        self.shm_prefix = config.shm_prefix
+        plan.write_json(path, config)
         port = free_port(port)
         children: list[Child] = []
         for rank in range(ranks):
@@ -95,6 +102,8 @@ class System:
                 with contextlib.suppress(Exception):
                     await client.close()
         self.supervisor.stop()
+        if self.shm_prefix:
+            sweep(self.shm_prefix)  # a rank killed with -9 could not remove its own
         shutil.rmtree(self.sockets, ignore_errors=True)
 
 
@@ -102,6 +111,12 @@ def first_ended(children: Sequence[Child]) -> str | None:
     """One line about the first of `children` that ended; a killed one before those that only followed it."""
     lines = [(child.process.returncode or 0, line) for child in children if (line := child.status()) is not None]
     return min(lines)[1] if lines else None
+
+
+def sweep_left_behind(worker_file: Path) -> None:
+    """Remove the shared memory of the run that wrote `worker_file`, if it was killed before it could."""
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        sweep(msgspec.json.decode(worker_file.read_bytes(), type=WorkerConfig).shm_prefix)
 
 
 @contextlib.asynccontextmanager
