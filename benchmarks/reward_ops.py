@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class EagerTorch:
         c, p = rubric.criteria, rubric.pairs
         self.saturated = any(x.saturates for x in c)
         self.theta, self.rate, self.span = (column([getattr(x, n) for x in c]) for n in ("theta", "rate", "span"))
+        self.rate *= math.log(2.0)  # the constant is for powers of two
         self.weight, self.weight_ceiling = (
             column([x.weight for x in c]),
             column([max(x.weight * x.ceiling, 0) for x in c]),

@@ -29,6 +29,7 @@ MR_INLINE Float pair_phi(const PairRecord& pair, Float x, Float y) {
 }
 
 // `tile` gives access to the criterion's row of scores: tile.score(k) reads s, tile.set(k, g) and tile.get(k) keep g.
+// Everything but r1 and reward: `finish_lanes` makes those.
 template <class Tile>
 MR_INLINE Reward aggregate_lanes(const RubricRecord& rubric, const CriterionRecord* criteria, const PairRecord* pairs,
                                  Tile tile) {
@@ -43,7 +44,7 @@ MR_INLINE Reward aggregate_lanes(const RubricRecord& rubric, const CriterionReco
     const Mask judged = greater(s, splat(kJudgedAbove));
     Float g = s;
     if (c.flags & kSaturates) {
-      g = select(greater(s, splat(c.theta)), c.theta + c.span * one_minus_exp((s - c.theta) * c.rate), s);
+      g = select(greater(s, splat(c.theta)), c.theta + c.span * one_minus_exp2((s - c.theta) * c.rate), s);
     }
     tile.set(k, g);
     numerator = numerator + select(judged, c.weight * g, zero);
@@ -83,19 +84,22 @@ MR_INLINE Reward aggregate_lanes(const RubricRecord& rubric, const CriterionReco
     out.divisor = select(only_pitfalls, magnitude, out.divisor);
     scored = either(scored, only_pitfalls);
   }
-  out.r1 = out.r0;
-  if (rubric.flags & kShaped) {
-    Float t = (out.r0 - rubric.kappa) / (1.0f - rubric.kappa);
-    t = maximum(t, zero);
-    out.r1 = (out.r0 + rubric.gain * power(t, rubric.power)) / (1.0f + rubric.gain);
-  }
   out.r0 = select(scored, out.r0, quiet_nan());
-  out.r1 = select(scored, out.r1, quiet_nan());
   out.vetoed = failed;
   out.veto = veto;
   out.valid = either(failed, both(scored, negate(missing)));
-  out.reward = select(out.valid, select(failed, splat(rubric.veto_reward), out.r1), quiet_nan());
   return out;
+}
+
+// Shaping and veto: r1 and reward from r0 (NaN where undefined), valid and vetoed.
+MR_INLINE void finish_lanes(const RubricRecord& rubric, Reward& out) {
+  out.r1 = out.r0;
+  if (rubric.flags & kShaped) {
+    const Float t = maximum((out.r0 - rubric.kappa) / (1.0f - rubric.kappa), splat(0.0f));
+    const Float shaped = (out.r0 + rubric.gain * power(t, rubric.power)) / (1.0f + rubric.gain);
+    out.r1 = select(at_least(out.r0, splat(0.0f)), shaped, quiet_nan());
+  }
+  out.reward = select(out.valid, select(out.vetoed, splat(rubric.veto_reward), out.r1), quiet_nan());
 }
 
 // Share of one criterion or pair: weight * value / divisor, 0 where masked or unscored, never -0.

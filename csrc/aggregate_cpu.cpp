@@ -194,9 +194,9 @@ struct Worker {
   }
 
   // `lanes`: kLanes ascending sample indices of one rubric, `at` where their rows begin; entries from `live` on repeat
-  // the first and are not written.
-  void samples(const int64_t* lanes, const int64_t* at, int live, const RubricRecord& shape, int32_t rubric_index) {
-    const uint32_t bad_lanes = load_tile(at, live, shape.n_criteria);
+  // the first and are not written. `defer`: r1 and reward are left to `finish`.
+  void samples(const int64_t* lanes, const int64_t* at, int live, int32_t rubric_index, bool defer) {
+    const uint32_t bad_lanes = load_tile(at, live, rubrics[rubric_index].n_criteria);
     const bool dense = live == kLanes && lanes[kLanes - 1] - lanes[0] == kLanes - 1;
     for (int32_t p = 0; p < args.n_tables; ++p) {
       const int32_t* table = args.table + p * args.table_words;
@@ -206,10 +206,13 @@ struct Worker {
       const auto* pairs = reinterpret_cast<const PairRecord*>(table + rubric.pairs);
       Reward out = aggregate_lanes(rubric, criteria, pairs, Tile{s, g});
       if (__builtin_expect(bad_lanes != 0, 0)) spoil_lanes(out, bad_lanes);
-      write(args.reward + p * args.n, out.reward, lanes, live, dense);
-      if (args.n_tables > 1) continue;
+      if (!defer) {
+        finish_lanes(rubric, out);
+        write(args.reward + p * args.n, out.reward, lanes, live, dense);
+        if (args.n_tables > 1) continue;
+        write(args.r1, out.r1, lanes, live, dense);
+      }
       write(args.r0, out.r0, lanes, live, dense);
-      write(args.r1, out.r1, lanes, live, dense);
       write(args.veto, out.veto, lanes, live, dense);
       write_flags(args.valid, out.valid, lanes, live, dense);
       write_flags(args.vetoed, out.vetoed, lanes, live, dense);
@@ -224,9 +227,7 @@ struct Worker {
     out.valid = both(out.valid, negate(spoiled));
     out.vetoed = both(out.vetoed, negate(spoiled));
     out.veto = select(spoiled, splat_int(-1), out.veto);
-    out.reward = select(spoiled, quiet_nan(), out.reward);
     out.r0 = select(spoiled, quiet_nan(), out.r0);
-    out.r1 = select(spoiled, quiet_nan(), out.r1);
     out.divisor = select(spoiled, splat(0.0f), out.divisor);
     out.pair_divisor = select(spoiled, splat(0.0f), out.pair_divisor);
   }
@@ -320,6 +321,7 @@ struct Worker {
     }
     const int32_t rubric = args.rubric[begin];
     const int64_t width = rubrics[rubric].n_criteria;
+    const bool defer = args.n_tables == 1 && (rubrics[rubric].flags & kShaped);
     int64_t lanes[kLanes], at[kLanes];
     for (int64_t i = begin; i < end; i += kLanes) {
       const int live = static_cast<int>(std::min<int64_t>(kLanes, end - i));
@@ -327,7 +329,32 @@ struct Worker {
         lanes[j] = i + (j < live ? j : 0);
         at[j] = args.offsets[begin] + (lanes[j] - begin) * width;
       }
-      samples(lanes, at, live, rubrics[rubric], rubric);
+      samples(lanes, at, live, rubric, defer);
+    }
+    if (defer) finish(begin, end, rubrics[rubric]);
+  }
+
+  // Shaping of a chunk in a loop of its own. Its power is one long chain of dependent steps: done sample group by sample
+  // group it would leave the core waiting, here many groups are under way at once.
+  void finish(int64_t begin, int64_t end, const RubricRecord& rubric) {
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      Reward out;
+      out.r0 = load<Float>(args.r0 + i);
+      out.valid = nonzero(load<Bytes>(args.valid + i));
+      out.vetoed = nonzero(load<Bytes>(args.vetoed + i));
+      finish_lanes(rubric, out);
+      store(args.r1 + i, out.r1);
+      store(args.reward + i, out.reward);
+    }
+    for (; i < end; ++i) {
+      Reward out;
+      out.r0 = splat(args.r0[i]);
+      out.valid = nonzero(splat_int(args.valid[i]));
+      out.vetoed = nonzero(splat_int(args.vetoed[i]));
+      finish_lanes(rubric, out);
+      args.r1[i] = out.r1[0];
+      args.reward[i] = out.reward[0];
     }
   }
 
@@ -373,7 +400,7 @@ struct Worker {
       while (live < kLanes && next < count && args.rubric[order[next]] == rubric) lanes[live++] = order[next++];
       for (int j = live; j < kLanes; ++j) lanes[j] = lanes[0];
       for (int j = 0; j < kLanes; ++j) at[j] = args.offsets[lanes[j]];
-      samples(lanes, at, live, rubrics[rubric], rubric);
+      samples(lanes, at, live, rubric, false);
     }
   }
 };

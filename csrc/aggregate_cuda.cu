@@ -56,7 +56,7 @@ struct GlobalRow {
   MR_INLINE float get(int k) const {
     const float s = score(k);
     const CriterionRecord c = criteria[k];
-    return (c.flags & kSaturates) && s > c.theta ? c.theta + c.span * one_minus_exp((s - c.theta) * c.rate) : s;
+    return (c.flags & kSaturates) && s > c.theta ? c.theta + c.span * one_minus_exp2((s - c.theta) * c.rate) : s;
   }
 };
 
@@ -172,6 +172,7 @@ __global__ void __launch_bounds__(kThreads) aggregate_kernel(AggregateArgs a, in
                         &spoiled};
     const GlobalRow far_row{a, criteria, begin, &spoiled};
     out = staged ? aggregate_lanes(rubric, criteria, pairs, row) : aggregate_lanes(rubric, criteria, pairs, far_row);
+    finish_lanes(rubric, out);
     if (spoiled) out = unusable_sample();
     divisor = out.divisor;
     write_outputs(a, i, p, out);

@@ -142,33 +142,31 @@ MR_INLINE bool any(Mask m) {
 
 #endif
 
-struct ReducedExp {
-  Float scale, q;  // exp(-x) = scale * (1 + q), |q| < 0.42
+struct Exp2 {
+  Float scale, q;  // 2^-w = scale * (1 + q), |q| < 0.42
 };
 
-MR_INLINE ReducedExp reduced_exp(Float x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  x = minimum(x, splat(80.0f));
-  const Float t = x * 1.4426950408889634f + magic;
-  const Float n = t - magic;
-  const Float y = n * -2.12194440054690583e-4f - (x - n * 0.693359375f);
-  Float p = y * 1.3946542e-3f + 8.366656e-3f;
-  p = p * y + 4.166628e-2f;
-  p = p * y + 0.16666542f;
-  p = p * y + 0.5f;
-  // The low bits of t are n itself.
-  return {bits_float((127 - (float_bits(t) - 0x4B400000)) << 23), y + (y * y) * p};
+MR_INLINE Exp2 reduced_exp2(Float w) {
+  w = minimum(w, splat(120.0f));
+  const Float t = w + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer, which the low bits of t then hold
+  const Float y = (t - 12582912.0f) - w;
+  Float q = y * 1.5403502e-4f + 1.3390849e-3f;
+  q = q * y + 9.618238e-3f;
+  q = q * y + 5.5503573e-2f;
+  q = q * y + 0.24022649f;
+  q = q * y + 0.6931472f;
+  return {bits_float((127 + 0x4B400000 - float_bits(t)) << 23), y * q};
 }
 
-// 1 - exp(-x), x >= 0, accurate where x is tiny.
-MR_INLINE Float one_minus_exp(Float x) {
-  const ReducedExp e = reduced_exp(x);
+// 1 - 2^-w, w >= 0, accurate where w is tiny.
+MR_INLINE Float one_minus_exp2(Float w) {
+  const Exp2 e = reduced_exp2(w);
   return (1.0f - e.scale) - e.scale * e.q;
 }
 
-// exp(-x), x >= 0; stays at exp(-80) above.
+// exp(-x), x >= 0; stays at 2^-120 beyond. Relative error about x * 6e-8: for sums in which large x count for little.
 MR_INLINE Float exp_negative(Float x) {
-  const ReducedExp e = reduced_exp(x);
+  const Exp2 e = reduced_exp2(x * 1.4426950408889634f);
   return e.scale + e.scale * e.q;
 }
 
@@ -186,8 +184,7 @@ MR_INLINE Double log64(Double x) {
   const Double f = (m - 1.0) / (m + 1.0);
   const Double z = f * f;
   const Double z2 = z * z;
-  const Double low_terms = ((2.0 / 3) + (2.0 / 5) * z) + ((2.0 / 7) + (2.0 / 9) * z) * z2;
-  const Double p = low_terms + (((2.0 / 11) + (2.0 / 13) * z) + (2.0 / 15) * z2) * (z2 * z2);
+  const Double p = (((2.0 / 3) + (2.0 / 5) * z) + ((2.0 / 7) + (2.0 / 9) * z) * z2) + (2.0 / 11) * (z2 * z2);
   return exponent * 0.693147180369123816490 + (exponent * 1.90821492927058770002e-10 + (2.0 * f + f * (z * p)));
 }
 
@@ -200,7 +197,7 @@ MR_INLINE Double exp64(Double x) {
   const Double r2 = r * r, r4 = r2 * r2;
   const Double low_terms = ((1.0 / 2) + (1.0 / 6) * r) + ((1.0 / 24) + (1.0 / 120) * r) * r2;
   const Double high_terms = ((1.0 / 720) + (1.0 / 5040) * r) + ((1.0 / 40320) + (1.0 / 362880) * r) * r2;
-  const Double p = low_terms + (high_terms + (1.0 / 3628800) * r4) * r4;
+  const Double p = low_terms + high_terms * r4;
   const Long k = double_bits(t) - 0x4338000000000000LL;
   return (1.0 + (r + r2 * p)) * bits_double((k + 1023) << 52);
 }

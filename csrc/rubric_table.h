@@ -46,7 +46,7 @@ struct alignas(16) CriterionRecord {
   float weight;
   float ceiling_weight;  // weight * g(1) where weight > 0, else 0
   float theta;
-  float rate;  // beta / (1 - theta)
+  float rate;  // log2(e) * beta / (1 - theta)
   float span;  // (1 - theta) / beta
   float tau;
   int32_t flags;

