@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from megarubric.config import TrainConfig
+from megarubric.errors import MegarubricError, ProcessDied
 from megarubric.exchange.buckets import sweep
 from megarubric.exchange.rpc import ipc_endpoint
 from megarubric.exchange.update import exchange
@@ -22,6 +23,10 @@ from megarubric.megatron.client import TrainerClient
 from megarubric.megatron.messages import WorkerConfig
 from megarubric.rollout.client import EngineClient
 from megarubric.rollout.messages import EngineConfig
+
+
+class StartFailed(MegarubricError):
+    """A part of the run ended before it was ready; the message has its last words."""
 
 
 class System:
@@ -130,7 +135,10 @@ async def running(config: TrainConfig, run_dir: Path, worker: WorkerConfig | Non
             policy = plan.engine_config(config, "policy")
             system.policies = [system.start_engine(f"policy-{i}", policy) for i in range(config.rollout.engines)]
         system.judge = make_judge(config, system)
-        await system.ready()
+        try:
+            await system.ready()
+        except ProcessDied as error:  # nothing has been done yet, so there is no state to speak of
+            raise StartFailed(str(error)) from error
         yield system
     finally:
         await system.close()
