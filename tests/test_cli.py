@@ -80,6 +80,11 @@ def test_empty_and_malformed_prompt_files(tmp_path: Path, capsys: pytest.Capture
     assert "bad.jsonl" in line and "wieght" in line
 
 
+def test_more_than_one_node_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    assert "a run has one node for now" in one_line(capsys, "train", CONFIG, "--dry-run")
+
+
 def test_port_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,6 +143,9 @@ def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool
     c = load_train(path, overrides)
     hf = plan.read_hf_config(c.model.path)
     plan.check_layout(hf, c.parallel, path)
+    if (nodes := os.environ.get("SLURM_NNODES", "1")) != "1":
+        reason = "weights are exchanged through one host's shared memory, so a run has one node for now"
+        raise BadInput("Slurm", f"{nodes} nodes", reason)
     if dry_run:
         return _dry_run(c, hf)
     with claim(c.runs_dir, c.name, fresh) as dir:
