@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from megarubric import __version__
 from megarubric.errors import BadInput, MegarubricError
@@ -102,9 +103,16 @@ def _rubrics_import(a: argparse.Namespace) -> int:
     return commands.import_(a.paths, a.out, a.format, as_json=a.json)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text (`--help` has it)."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help says more)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line, for `--help` and for tests."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="megarubric", description="Reinforcement learning from rubric rewards: Megatron-Core, vLLM, rubrics."
     )
     top.add_argument("--version", action="version", version=f"megarubric {__version__}")
@@ -172,9 +180,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. argparse fills `key=value ...` once, before the first option; those behind it are added here."""
+    top = parser()
+    a, rest = top.parse_known_args(argv)
+    if rest and (not hasattr(a, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        a.overrides += rest
+    return a
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; an error a user can cause is one line on standard error."""
-    a = parser().parse_args(argv)
+    a = _parsed(argv)
     handler: Handler = a.handler
     try:
         return handler(a)

@@ -18,7 +18,7 @@ class BadInput(MegarubricError):
 
     def __init__(self, where: object, item: object, reason: str) -> None:
         self.where = str(where)
-        self.item = "" if item is None else str(item)
+        self.item = "" if item is None else " ".join(str(item).split())
         self.reason = " ".join(reason.split())
         super().__init__(": ".join(part for part in (self.where, self.item, self.reason) if part))
 

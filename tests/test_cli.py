@@ -62,6 +62,32 @@ def test_config_that_cannot_run(override: str, words: str, tmp_path: Path, capsy
     assert words in one_line(capsys, "train", CONFIG, f"runs_dir={tmp_path}", override)
 
 
+def test_overrides_may_stand_before_and_behind_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", CONFIG, f"runs_dir={tmp_path}", "--dry-run", "train.lr=1e-5", "train.steps=3"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "lr: 1.0e-05" in out and "steps: 3" in out and f"runs_dir: {tmp_path}" in out
+    assert "rollout.engins" in one_line(capsys, "train", CONFIG, "--dry-run", "rollout.engins=1")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "VERB"),
+        (["nonsense"], "nonsense"),
+        (["score"], "--rubrics"),
+        (["rubrics", "lint"], "PATH"),
+        (["doctor", "more"], "unrecognized arguments: more"),
+        (["train", CONFIG, "--dry-run", "--bogus", "train.lr=1"], "--bogus"),
+    ],
+)
+def test_bad_arguments_are_one_line(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(argv)
+    error = capsys.readouterr().err
+    assert done.value.code == 2 and error.startswith("megarubric") and words in error and error.count("\n") == 1, error
+
+
 def test_layouts_the_model_cannot_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["train", CONFIG, f"runs_dir={tmp_path}"]
     assert "3 does not divide the model's 8 experts" in one_line(capsys, *args, "parallel.ranks=3", "parallel.ep=3")

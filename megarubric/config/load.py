@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def _load[T: (TrainConfig, SftConfig)](path: str | Path, overrides: Sequence[str
         raise BadInput(path, None, "a configuration is a mapping of sections")
     for override in overrides:
         _apply(tree, override)
+    for key, number in _not_finite(tree, ""):
+        raise BadInput(path, key, f"{number} is not a finite number")
     try:
         config = msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
@@ -94,6 +97,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise BadInput("command line", override, f"{section} is not a section")
     node[last] = value
+
+
+def _not_finite(node: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Dotted key and value of every NaN and infinity: they pass for numbers and every comparison lets NaN through."""
+    if isinstance(node, float) and not math.isfinite(node):
+        yield key, node
+    elif isinstance(node, dict | list):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _not_finite(value, f"{key}.{name}" if key else str(name))
 
 
 def _explain(message: str, kind: type) -> tuple[str, str]:

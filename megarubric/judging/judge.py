@@ -34,6 +34,7 @@ from megarubric.judging.types import (
 from megarubric.reward.tiers import tier_expectation
 from megarubric.rubrics import Criterion, Rubric
 from megarubric.rubrics.checks import run_check
+from megarubric.rubrics.parse import shown
 
 log = logging.getLogger(__name__)
 _MAX_TIERS = 26
@@ -343,7 +344,7 @@ def check_stored(rubric: Rubric, stored: Mapping[str, float | None] | None) -> N
         slack = 1e-6 * (high - low)  # spec/reward.md: outside [0,1] by more than 1e-6 after normalising
         if isinstance(value, bool) or not isinstance(value, int | float) or not low - slack <= value <= high + slack:
             raise BadInput(
-                f"rubric {rubric.id}", name, f"stored judgement {value!r} is not between {low:g} and {high:g}"
+                f"rubric {rubric.id}", name, f"stored judgement {shown(value)} is not between {low:g} and {high:g}"
             )
 
 

@@ -99,6 +99,22 @@ def _distinct(pairs: list[tuple[str, Any]]) -> None:
         raise BadInput("", twice, "the key comes twice")
 
 
+def _lenient(raw: bytes) -> Any:
+    """What Python's own JSON makes of a line that is not JSON to the letter (it writes and reads NaN), or None."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _id(obj: Any) -> str | int | None:
+    """A line's id as far as it can be read and written again."""
+    name = obj.get("id") if isinstance(obj, dict) else None
+    if isinstance(name, str):
+        return name.encode("utf-8", "backslashreplace").decode()
+    return name if type(name) is int and abs(name) < 2**63 else None
+
+
 class ResponseReader:
     """Turns lines into `JudgeItem`s; rubrics come from `corpus` by id, or inline."""
 
@@ -114,16 +130,19 @@ class ResponseReader:
                 raise BadInput("", "", f"longer than {MAX_LINE_BYTES >> 20} MiB")
             try:
                 obj = msgspec.json.decode(raw)  # strict: no NaN, no Infinity, no lone surrogates
-                json.loads(raw, object_pairs_hook=_distinct)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                obj = _lenient(raw)
+                name = _id(obj)
+                if isinstance(obj, dict):
+                    self._item(obj)  # says which number is not finite, where it can
                 raise BadInput("", "", f"not JSON: {error}") from error
             if not isinstance(obj, dict):
                 raise BadInput("", "", f"a response is a JSON object, not {type(obj).__name__}")
-            if isinstance(obj.get("id"), str | int) and not isinstance(obj["id"], bool):
-                name = obj["id"]
+            name = _id(obj)
+            json.loads(raw, object_pairs_hook=_distinct)
             return _Line(number, name, self._item(obj))
         except BadInput as error:
-            return _Line(number, name, None, str(error))
+            return _Line(number, name, None, str(error).encode("utf-8", "backslashreplace").decode())
 
     def _item(self, obj: dict[str, Any]) -> JudgeItem:
         for key in obj.keys() - set(_KEYS):  # further columns are welcome, a misspelt one is not

@@ -26,7 +26,7 @@ class RawRubric(NamedTuple):
     """One rubric's plain data and where it stands."""
 
     file: Path
-    item: str | None  # "line 7" in a JSONL file
+    item: str | None  # "line 7" in a JSONL file, "entry 7" in a JSON list
     data: Any
     lines: Mapping[KeyPath, int] | None = None  # in a YAML file
 
@@ -143,7 +143,10 @@ def _read_text(file: Path) -> Iterator[RawRubric | BadInput]:
     text = _text(file, None, _bytes(file, MAX_TEXT_BYTES))
     if file.suffix == ".json":
         data = _json(file, None, text)
-        yield from (RawRubric(file, None, d) for d in (data if isinstance(data, list) else [data]))
+        if isinstance(data, list):
+            yield from (RawRubric(file, f"entry {n}", d) for n, d in enumerate(data, 1))
+        else:
+            yield RawRubric(file, None, data)
         return
     try:
         for data, lines in documents(text):

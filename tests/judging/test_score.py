@@ -91,9 +91,27 @@ BAD = {
     "not JSON": ("{oops", "not JSON"),
     "half a line": ('{"id": "x", "prompt"', "not JSON"),
     "not UTF-8": (b'{"id": "\xff\xfe"}', "not JSON"),
-    "NaN": ('{"id":"x","prompt":"p","rubric":"note","response":"r","judgements":{"calm":NaN}}', "not JSON"),
-    "Infinity": ('{"id":"x","prompt":"p","rubric":"note","response":"r","judgements":{"calm":Infinity}}', "not JSON"),
-    "1e999": ('{"id":"x","prompt":"p","rubric":"note","response":"r","judgements":{"calm":1e999}}', "calm|range"),
+    "NaN": (
+        '{"id":"x","prompt":"p","rubric":"note","response":"r","judgements":{"calm":NaN}}',
+        "id x.*note: calm.*nan",
+    ),
+    "Infinity": (
+        '{"id":"x","prompt":"p","rubric":"note","response":"r","judgements":{"calm":Infinity}}',
+        "id x.*note: calm.*inf",
+    ),
+    "1e999": (
+        '{"id":"x","prompt":"p","rubric":"note","response":"r","judgements":{"calm":1e999}}',
+        "id x.*note: calm.*inf",
+    ),
+    "NaN where nobody reads it": (
+        '{"id":"x","prompt":"p","rubric":"note","response":"r","more":NaN}',
+        "id x.*not JSON",
+    ),
+    "NaN in an inline rubric": (
+        '{"id":"x","prompt":"p","rubric":{"id":"i","criteria":[{"id":"c","weight":NaN}]},"response":"r"}',
+        "id x.*rubric i, criterion c, weight: nan",
+    ),
+    "half a character": (r'{"id":"x\ud800","prompt":"p","rubric":"note","response":"r"}', "id x.*not JSON"),
     "a list": ("[1, 2]", "object"),
     "null": ("null", "object"),
     "no id": (line(id=...), "id: missing"),
@@ -134,15 +152,27 @@ def test_a_bad_line_costs_only_itself(
     assert len(errors) == 1 and str(files[1]) in errors[0]
     import re
 
-    assert re.search(reason, errors[0]) and re.search(reason, rows[1]["error"])
+    assert re.search(reason, errors[0]) and re.search(reason.removeprefix("id x.*"), rows[1]["error"])
+    if reason.startswith("id x"):
+        assert rows[1]["id"].startswith("x")
     assert set(rows[1]) == set(rows[0]) | {"error"}
 
 
 def test_the_bad_lines_id_is_named_where_it_can_be_read(
     files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, rows = score(files, [line(id="story-7", rubric="nope")])
-    assert rows[0]["id"] == "story-7" and "line 1 (id story-7): " in capsys.readouterr().err
+    twice = '{"id":"story-8","prompt":"p","rubric":"note","response":"r","response":"s"}'
+    _, rows = score(files, [line(id="story-7", rubric="nope"), twice, line(id="two\nlines", rubric="nope")])
+    error = capsys.readouterr().err
+    assert [r["id"] for r in rows] == ["story-7", "story-8", "two\nlines"]
+    assert "line 1 (id story-7): " in error and "line 2 (id story-8): " in error and "(id two lines): " in error
+
+
+def test_a_long_stored_value_is_not_repeated_in_full(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    score(files, [line(judgements={"calm": "x" * 10_000}), line(judgements={"calm": 10**400})])
+    assert all(len(x) < 400 for x in capsys.readouterr().err.splitlines())
 
 
 def test_blank_lines_a_byte_order_mark_and_a_missing_newline_are_no_matter(files: tuple[Path, Path, Path]) -> None:

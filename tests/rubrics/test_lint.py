@@ -311,6 +311,26 @@ def test_json_rows_and_exit_statuses(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "line 1" in out.err and "colour" in out.err
 
 
+def test_an_unreadable_criterion_is_named(tmp_path: Path) -> None:
+    findings, _ = lint_paths([write(tmp_path / "a.jsonl", judged("Names it.") | {"pairs": [{"a": "new", "b": "x"}]})])
+    assert [(f.rule, f.criterion) for f in findings] == [("unreadable", None)]
+    tree = copy.deepcopy(CLEAN)
+    tree["criteria"][1]["wieght"] = 1
+    findings, _ = lint_paths([write(tmp_path / "b.jsonl", tree)])
+    assert [(f.rule, f.rubric, f.criterion) for f in findings] == [("unreadable", "ferry.note", "time")]
+
+
+@pytest.mark.parametrize(("name", "text"), [("x.yaml", ""), ("x.jsonl", "\n"), ("x.json", "[]")])
+def test_a_file_without_a_rubric_is_not_clean(
+    tmp_path: Path, name: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert commands.lint([tmp_path / name], as_json=True) == 2
+    out = capsys.readouterr()
+    assert [(r["rule"], r["message"]) for r in json.loads(out.out)] == [("unreadable", "holds no rubric")]
+    assert name in out.err
+
+
 def test_equal_ids_across_paths_are_found(tmp_path: Path) -> None:
     findings, n = lint_paths([write(tmp_path / "a.jsonl", CLEAN), write(tmp_path / "b.jsonl", CLEAN)])
     assert n == 1

@@ -126,6 +126,7 @@ def test_directory_in_name_order(tmp_path: Path) -> None:
         ("x.json", '{"id": "a", "criteria": [{"id": "c", "description": "x", "weight": NaN}]}', ["NaN"]),
         ("x.json", "[" * 100_000, ["nested"]),
         ("x.json", "", ["not JSON"]),
+        ("x.json", json.dumps([rubric("a"), {"title": "b"}]), ["entry 2", "id: required"]),
         ("x.json", "[]", ["no rubric"]),
         ("x.json", "9" * 5000, ["x.json"]),
         ("x.jsonl", "", ["no rubric"]),

@@ -40,6 +40,7 @@ def lint_paths(paths: Sequence[Path]) -> tuple[list[Finding], int]:
     seen: dict[str, str] = {}
     for path in paths:
         rubric_files(path)
+        raw: RawRubric | BadInput | None = None
         for raw in read_raw(path):
             try:
                 if isinstance(raw, BadInput):
@@ -51,12 +52,16 @@ def lint_paths(paths: Sequence[Path]) -> tuple[list[Finding], int]:
                 name = raw.data.get("id") if isinstance(raw, RawRubric) and isinstance(raw.data, dict) else None
                 file = str(raw.file) if isinstance(raw, RawRubric) else error.where
                 known = name if isinstance(name, str) else None
-                findings.append(Finding(file, known, None, "unreadable", f"{error.item}: {error.reason}".lstrip(": ")))
+                places = (p.removeprefix("criterion ") for p in error.item.split(", ") if p.startswith("criterion "))
+                message = f"{error.item}: {error.reason}".lstrip(": ")
+                findings.append(Finding(file, known, next(places, None), "unreadable", message))
                 continue
             seen[rubric.id] = raw.source
             rubrics.append(rubric)
             sources.append(str(raw.file))
             findings += lint_rubric(rubric, sources[-1])
+        if raw is None:
+            findings.append(Finding(str(path), None, None, "unreadable", "holds no rubric"))
     for later, earlier, overlap in near_duplicates(rubrics):
         if f"{ALLOW}near-duplicate" not in rubrics[later].tags:
             message = f"{overlap:.0%} of its word 4-grams are those of {rubrics[earlier].id}"
