@@ -6,6 +6,7 @@ Exit status: 0 done; 1 done but some inputs were bad; 2 bad arguments, config or
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -193,6 +194,8 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; an error a user can cause is one line on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # rubrics hold any language; a terminal's encoding may not
+        sys.stdout.reconfigure(errors="backslashreplace")
     a = _parsed(argv)
     handler: Handler = a.handler
     try:

@@ -142,6 +142,22 @@ def test_score_without_a_judge(tmp_path: Path) -> None:
     ]
 
 
+def test_a_terminal_that_cannot_write_a_rubrics_language(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text(
+        '{"id": "r", "title": "\u6e21\u8239", "criteria": [{"id": "c"}]}\n', encoding="utf-8"
+    )
+    for argv in (["show"], ["show", "--json"], ["stats"], ["lint"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "megarubric", "rubrics", *argv, "r.jsonl"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.engine
 def test_an_engine_that_dies_at_start(tmp_path: Path) -> None:
     """One line with its last words, status 2, nothing left running."""

@@ -6,12 +6,12 @@ question into a criterion, and provenance and licence are those of the source.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megarubric.errors import BadInput
+from megarubric.observe.files import whole_file
 from megarubric.rubrics.importers import fastchat, hbq, ifeval, weighted, writingbench
 from megarubric.rubrics.importers.model import Importer, Report
 from megarubric.rubrics.load import RawRubric, read_raw
@@ -84,8 +84,6 @@ def _add(tree: dict[str, Any], place: str, report: Report, taken: dict[str, str]
 
 def write_corpus(out: Path, rubrics: Sequence[Rubric]) -> None:
     """One rubric a line, written aside and renamed."""
-    aside = out.with_name(f".{out.name}.new")
-    with aside.open("w", encoding="utf-8") as f:
+    with whole_file(out) as f:
         for rubric in rubrics:
             f.write(dumps(rubric) + "\n")
-    os.replace(aside, out)
