@@ -163,6 +163,7 @@ class Server[T: msgspec.Struct]:
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
+            self.close()
             raise WireError(f"cannot bind {endpoint}: {error.strerror or error}") from error
         self._decode_header = msgspec.msgpack.Decoder(Header)
         self._decode_body = msgspec.msgpack.Decoder(request_type)
@@ -214,8 +215,9 @@ class Client:
         keys: CurveKeys | None = None,
         peer_status: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        # The process's one asyncio context, never terminated: a client that is dropped without `close` must not block
+        # the collector, which would wait for its socket for ever.
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         if keys is not None:
             self._socket.curve_serverkey = keys.public
@@ -283,4 +285,3 @@ class Client:
         for task in self._tasks or ():
             task.cancel()
         self._socket.close()
-        self._context.term()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,6 +126,24 @@ def test_a_dead_peer_is_an_error_not_a_hang(serve, tmp_path: Path) -> None:
     endpoint = serve(ipc_endpoint(tmp_path / "i", "s"))
     with pytest.raises(ProcessDied, match="trainer-0 was killed"):
         run_with(endpoint, lambda c: c.call(Stay()), peer_status=lambda: "trainer-0 was killed by SIGKILL")
+
+
+def test_a_client_dropped_without_close_blocks_nothing() -> None:
+    code = (
+        "import asyncio, gc\n"
+        "from megarubric.exchange.rpc import Client, Header\n"
+        "async def main():\n"
+        "    client = Client('ipc:///nowhere/at-all', Header)\n"
+        "    try:\n"
+        "        await client.call(Header(1, 1), timeout_s=0.1)\n"
+        "    except TimeoutError:\n"
+        "        print('timed out')\n"
+        "asyncio.run(main())\n"
+        "gc.collect()\n"
+        "print('collected')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split("\n")[:2] == ["timed out", "collected"], done.stderr
 
 
 def test_timeout(serve, tmp_path: Path) -> None:
