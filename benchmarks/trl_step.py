@@ -1,7 +1,7 @@
 """One RL step of megarubric against one of TRL's GRPOTrainer: same tiny model, same work, same machine, one run.
 
 Work: 16 prompts x 8 completions x 64 new tokens (end-of-text ignored on both sides, so every answer has its 64), a
-programmatic reward (word count), one optimizer step, float32. The ratio is of medians over the steps after the first.
+programmatic reward (letter counts), one optimizer step on all answers, float32. The ratio is of medians over the steps after the first.
 
     python benchmarks/trl_step.py            # needs: pip install --no-deps -r requirements/bench.lock
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, SAMPLES, NEW_TOKENS = 16, 8, 64
+LETTERS = {"e": 24, "a": 16, "o": 16, "n": 14, "t": 18, "s": 12, "r": 12, "h": 10}  # varies in every group of answers
 
 
 def rubric_rows() -> list[dict]:
@@ -34,10 +35,16 @@ def ours(steps: int, directory: Path) -> list[float]:
     for row in rubric_rows():
         row["criteria"] = [
             {
-                "id": "length",
-                "description": "Words.",
-                "check": {"kind": "length_constraints:number_words", "relation": "between", "min": 30, "max": 60},
+                "id": letter,
+                "description": f"At least {n} times {letter}.",
+                "check": {
+                    "kind": "keywords:letter_frequency",
+                    "letter": letter,
+                    "let_frequency": n,
+                    "let_relation": "at least",
+                },
             }
+            for letter, n in LETTERS.items()
         ]
         row.pop("pairs", None), row.pop("shaping", None)
         rows.append(row)
@@ -60,7 +67,9 @@ def theirs(steps: int, directory: Path) -> list[float]:
     """Seconds of each GRPOTrainer step after the first, timed by a callback around the whole step."""
     script = f"""
 import json, time, torch
+import datasets
 from datasets import Dataset
+datasets.disable_caching()
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 torch.set_num_threads({os.cpu_count()})
@@ -68,7 +77,9 @@ path = {str(ROOT / "models/tiny-qwen3-moe")!r}
 rows = [json.loads(line) for line in open({str(ROOT / "rubrics/quickstart/train.jsonl")!r}, encoding="utf-8")]
 data = Dataset.from_list([{{"prompt": [{{"role": "user", "content": r["prompt"]}}]}} for r in rows])
 def reward(completions, **kwargs):
-    return [float(30 <= len(c[0]["content"].split()) <= 60) for c in completions]
+    letters = {LETTERS!r}
+    texts = [c[0]["content"].lower() for c in completions]
+    return [sum(t.count(x) >= n for x, n in letters.items()) / len(letters) for t in texts]
 class Timer(TrainerCallback):
     seconds = []
     def on_step_begin(self, *a, **k): self.began = time.perf_counter()

@@ -79,7 +79,9 @@ async def _run(c: SftConfig, dir: RunDir) -> int:
         terminal.say(f"model written to {out}")
     except ProcessDied as error:
         kept = dir.checkpoint_steps()
-        raise ProcessDied(f"{error}; saved: {f'step {kept[0]}' if kept else 'nothing yet'}") from error
+        raise ProcessDied(
+            f"{await system.cause(error)}; saved: {f'step {kept[0]}' if kept else 'nothing yet'}"
+        ) from error
     finally:
         if log is not None:
             log.close()

@@ -195,7 +195,8 @@ async def _run_train(c: TrainConfig, dir: RunDir) -> int:
         except ProcessDied as error:
             kept = dir.checkpoint_steps()
             at = f"step {kept[0]}" if kept else "no checkpoint yet"
-            raise ProcessDied(f"{error}; saved: {at}; the same command goes on from there") from error
+            cause = await system.cause(error)
+            raise ProcessDied(f"{cause}; saved: {at}; the same command goes on from there") from error
         finally:
             if run.log is not None:
                 run.log.close()

@@ -100,6 +100,15 @@ class System:
             await asyncio.gather(*(p.wake(("kv_cache",)) for p in self.policies), *judge)
         return report.nbytes
 
+    async def cause(self, error: ProcessDied) -> str:
+        """Which process ended first, in one line. A trainer rank that lost another only says so; a person wants to know
+        which was killed."""
+        for _ in range(20):
+            if (line := first_ended(self.supervisor.children)) is not None and "was killed by" in line:
+                return line
+            await asyncio.sleep(0.1)
+        return first_ended(self.supervisor.children) or str(error)
+
     async def close(self) -> None:
         clients = [*self.policies, self.judge_engine, self.trainer]
         for client in clients:

@@ -17,20 +17,27 @@ from megarubric.launch import plan
 from megarubric.launch.supervisor import Supervisor
 from megarubric.launch.system import System
 from megarubric.megatron.messages import LossSettings, TrainBatch
+from megarubric.rollout.data import ChatTokenizer, read_prompts, tokenize_prompts
 from megarubric.rollout.messages import Completion, EngineConfig, GenerateRequest
 
-MODEL = str(Path(__file__).resolve().parents[2] / "models/tiny-qwen3-moe")
-PROMPTS = [np.array([9 + i, 200 + 3 * i, 77, 500 - i], np.int32) for i in range(12)]
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = str(ROOT / "models/tiny-qwen3-moe")
 EXCHANGES = 20
 pytestmark = pytest.mark.engine
 
 
-def batch_of(samples: list[Completion], rng: np.random.Generator) -> TrainBatch:
-    tokens = [np.concatenate([p, s.token_ids]) for p, s in zip(PROMPTS, samples)]
+def read() -> list[np.ndarray]:
+    """Token ids of twelve held-out quickstart prompts."""
+    rows = read_prompts(ROOT / "rubrics/quickstart/heldout.jsonl")[:12]
+    return [p.token_ids for p in tokenize_prompts(rows, ChatTokenizer(Path(MODEL)), 256)]
+
+
+def batch_of(prompts: list[np.ndarray], samples: list[Completion], rng: np.random.Generator) -> TrainBatch:
+    tokens = [np.concatenate([p, s.token_ids]) for p, s in zip(prompts, samples)]
     lengths = np.array([len(t) for t in tokens], np.int32)
-    mask = np.concatenate([(np.arange(n) >= len(p)).astype(np.float32) for n, p in zip(lengths, PROMPTS)])
+    mask = np.concatenate([(np.arange(n) >= len(p)).astype(np.float32) for n, p in zip(lengths, prompts)])
     engine = np.concatenate(
-        [np.concatenate([np.zeros(len(p), np.float32), s.logprobs]) for p, s in zip(PROMPTS, samples)]
+        [np.concatenate([np.zeros(len(p), np.float32), s.logprobs]) for p, s in zip(prompts, samples)]
     )
     advantages = np.repeat(rng.standard_normal(len(lengths)).astype(np.float32), lengths) * mask
     return TrainBatch(np.concatenate(tokens), lengths, mask, advantages, mask / mask.sum(), engine.astype(np.float32))
@@ -41,10 +48,11 @@ async def follow(dtype: str, directory: Path) -> dict[str, float]:
     worker = plan.worker_config(
         MODEL, dtype, "load", 1, Parallel(ranks=2, ep=2), Train(micro_batch_tokens=512), reference=False, bucket_mb=4
     )
-    engine = EngineConfig(model_dir=MODEL, dtype=dtype, max_model_len=96, kv_cache_gib=0.25, threads=2)
+    engine = EngineConfig(model_dir=MODEL, dtype=dtype, max_model_len=160, kv_cache_gib=0.25, threads=2)
     system = System(Supervisor(directory / "logs"), plan.socket_dir(directory))
     rng = np.random.default_rng(0)
     found: dict[str, float] = {}
+    prompts = read()
     try:
         trainer = system.trainer = system.start_trainer(worker, 2, None)
         policy = system.start_engine("policy", engine)
@@ -52,10 +60,10 @@ async def follow(dtype: str, directory: Path) -> dict[str, float]:
         await system.ready()
 
         async def compare(name: str, step: int) -> TrainBatch:
-            requests = [GenerateRequest(p, 40, 1000 * step + i) for i, p in enumerate(PROMPTS)]
+            requests = [GenerateRequest(p, 40, 1000 * step + i) for i, p in enumerate(prompts)]
             samples = await policy.generate(requests)
             assert all(s.error is None and s.weight_version == step for s in samples)
-            batch = batch_of(samples, rng)
+            batch = batch_of(prompts, samples, rng)
             logprobs, _ = await trainer.logprobs(batch)
             difference = np.abs(logprobs - batch.rollout_logprobs)[batch.loss_mask > 0]
             found[name], found[f"{name} max"] = float(difference.mean()), float(difference.max())
@@ -66,13 +74,13 @@ async def follow(dtype: str, directory: Path) -> dict[str, float]:
         first = (await trainer.checksum(), (await policy.checksum()).checksum)
         assert first[0] == first[1]
         for version in range(1, EXCHANGES + 1):
-            await trainer.train(batch, LossSettings(), 3e-3)
+            await trainer.train(batch, LossSettings(), 5e-4)  # the quickstart's learning rate
             report = await exchange(trainer, [policy], version)
             served = await policy.checksum()
             assert (served.version, served.checksum) == (version, report.checksum)
         assert report.checksum == await trainer.checksum() != first[0]
         await compare("last", EXCHANGES)
-        stale = await policy.score_tokens([np.concatenate([PROMPTS[0], np.array([3, 4, 5], np.int32)])])
+        stale = await policy.score_tokens([np.concatenate([prompts[0], np.array([3, 4, 5], np.int32)])])
         assert stale[0].weight_version == EXCHANGES
     finally:
         await system.close()
