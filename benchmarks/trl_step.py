@@ -1,7 +1,8 @@
 """One RL step of megarubric against one of TRL's GRPOTrainer: same tiny model, same work, same machine, one run.
 
 Work: 16 prompts x 8 completions x 64 new tokens (end-of-text ignored on both sides, so every answer has its 64), a
-programmatic reward (letter counts), one optimizer step on all answers, float32. The ratio is of medians over the steps after the first.
+programmatic reward (letter counts), one optimizer step on all answers, float32. The ratio is of medians over the steps
+after the first.
 
     python benchmarks/trl_step.py            # needs: pip install --no-deps -r requirements/bench.lock
 """
@@ -67,9 +68,10 @@ def theirs(steps: int, directory: Path) -> list[float]:
     """Seconds of each GRPOTrainer step after the first, timed by a callback around the whole step."""
     script = f"""
 import json, time, torch
-import datasets
+import uuid
+import datasets.fingerprint
 from datasets import Dataset
-datasets.disable_caching()
+datasets.fingerprint.Hasher.hash = staticmethod(lambda value: uuid.uuid4().hex)  # cannot hash pyarrow 26 types
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 torch.set_num_threads({os.cpu_count()})
@@ -98,7 +100,7 @@ print("SECONDS", json.dumps(Timer.seconds))
     out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=directory)
     line = next((x for x in out.stdout.splitlines() if x.startswith("SECONDS")), None)
     if line is None:
-        sys.exit(f"trl_step: TRL failed: {(out.stderr.strip().splitlines() or ['no output'])[-1]}")
+        sys.exit(f"trl_step: TRL failed:\n{out.stderr[-4000:]}")
     seconds = json.loads(line.removeprefix("SECONDS"))[1:]
     for i, s in enumerate(seconds, 2):
         print(f"  TRL step {i}: {s:.2f} s", flush=True)
