@@ -7,10 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
 from megarubric.errors import Interrupted
-from megarubric.evaluate.heldout import evaluate
 from megarubric.evaluate.summary import flat
 from megarubric.launch.run import Run
 from megarubric.observe.terminal import say, step_line
@@ -43,7 +40,7 @@ async def train(run: Run) -> None:
     settings = algorithm(c.algorithm.name).settings(**run.loss_knobs)
     if state.step == 0 and run.heldout and run.sampler:
         say(f"held-out answers before training ({len(run.heldout)} prompts) ...")
-        state.before = await evaluate(run, step=0)
+        state.before = await run.evaluate()
         run.log.log(0, flat(state.before, "eval"))
 
     while state.step < c.train.steps:
@@ -79,7 +76,7 @@ async def train(run: Run) -> None:
         metrics["train/weight_version"] = state.version
         last = step == c.train.steps
         if run.heldout and run.sampler and (last or (c.evaluate.every and step % c.evaluate.every == 0)):
-            run.after = await evaluate(run, step)
+            run.after = await run.evaluate()
             metrics |= flat(run.after, "eval")
         run.log.log(step, metrics)
         say(step_line(step, c.train.steps, metrics))
@@ -88,10 +85,3 @@ async def train(run: Run) -> None:
             await run.save()
         if run.stop_requested and not last:
             raise Interrupted(f"stopped after step {step} of {c.train.steps}; the same command goes on from there")
-
-
-def summary_of_run(run: Run) -> dict[str, float]:
-    """Held-out reward before and after, for a caller that wants numbers."""
-    before = run.state.before.reward if run.state.before else np.nan
-    after = run.after.reward if run.after else np.nan
-    return {"before": before, "after": after, "gain": after - before}

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from megarubric.evaluate.summary import Example, Summary, summarize
+from megarubric.judging.judge import Judge
 from megarubric.recipe.experience import Answer, reward_answers, write_and_judge
-
-if TYPE_CHECKING:
-    from megarubric.launch.run import Run
+from megarubric.rollout.data import ChatTokenizer, Prompt
+from megarubric.rollout.sampler import Sampler
 
 EXAMPLES = 8  # answers kept for reading, the first of as many prompts
 
 
-async def evaluate(run: Run, step: int) -> Summary:
-    """Summary of `evaluate.samples_per_prompt` answers to every held-out prompt.
+async def evaluate(sampler: Sampler, judge: Judge, tokenizer: ChatTokenizer, prompts: Sequence[Prompt]) -> Summary:
+    """Summary of the sampler's answers to `prompts`.
 
-    Seeds do not depend on `step`: evaluations of one run draw with the same randomness, so they differ by the policy.
+    Always draws as step 0: evaluations of one run have the same seeds, so they differ by the policy only.
     """
-    assert run.eval_sampler is not None and run.system.judge is not None
-    answers, _ = await write_and_judge(run.eval_sampler, run.system.judge, run.tokenizer, 0, run.heldout)
+    answers, _ = await write_and_judge(sampler, judge, tokenizer, 0, prompts)
     return summary_of(reward_answers(answers))
 
 

@@ -12,6 +12,7 @@ import msgspec
 
 from megarubric.config import TrainConfig, dump, load_train
 from megarubric.errors import BadInput, MegarubricError, ProcessDied
+from megarubric.evaluate.heldout import evaluate
 from megarubric.evaluate.summary import Summary
 from megarubric.launch import dry_run, plan
 from megarubric.launch.rundir import RunDir, RunState, claim
@@ -58,13 +59,10 @@ class Run:
         self.criterion_means = CriterionMeans()
         self.after: Summary | None = None
         self._stop = StopFlag()
-        r, stop = c.rollout, () if c.rollout.ignore_eos else self.tokenizer.stop_token_ids
+        r, stop = c.rollout, stop_tokens(c, self.tokenizer)
         draw = SamplingSettings(r.samples_per_prompt, r.max_new_tokens, stop, r.temperature, r.top_p, c.seed)
-        held = SamplingSettings(
-            c.evaluate.samples_per_prompt, r.max_new_tokens, stop, c.evaluate.temperature, r.top_p, c.seed
-        )
         self.sampler = Sampler(system.policies, draw, r.max_num_seqs) if system.policies else None
-        self.eval_sampler = Sampler(system.policies, held, r.max_num_seqs) if system.policies else None
+        self.eval_sampler = heldout_sampler(c, system, self.tokenizer) if system.policies else None
 
     @property
     def stop_requested(self) -> bool:
@@ -81,6 +79,11 @@ class Run:
             "kl_estimator": a.kl_estimator,
             "entropy_coef": a.entropy_coef,
         }
+
+    async def evaluate(self) -> Summary:
+        """Held-out summary of the policy as it is served now."""
+        assert self.eval_sampler is not None and self.system.judge is not None
+        return await evaluate(self.eval_sampler, self.system.judge, self.tokenizer, self.heldout)
 
     async def replay(self, step: int) -> tuple[list[Answer], WritingTimes]:
         """The recorded answers of `step`, with their recorded judgements."""
@@ -129,6 +132,24 @@ class Run:
             return
         if refused:
             raise BadInput(self.dir.checkpoints, None, f"no checkpoint can be used: {refused[0]}; --fresh starts anew")
+
+
+def stop_tokens(c: TrainConfig, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer; none when a benchmark wants every answer at full length."""
+    return () if c.rollout.ignore_eos else tokenizer.stop_token_ids
+
+
+def heldout_sampler(c: TrainConfig, system: System, tokenizer: ChatTokenizer) -> Sampler:
+    """The sampler of held-out answers, on the policy engines of `system`."""
+    settings = SamplingSettings(
+        c.evaluate.samples_per_prompt,
+        c.rollout.max_new_tokens,
+        stop_tokens(c, tokenizer),
+        c.evaluate.temperature,
+        c.rollout.top_p,
+        c.seed,
+    )
+    return Sampler(system.policies, settings, c.rollout.max_num_seqs)
 
 
 def fit_of(c: TrainConfig) -> dict[str, str]:
@@ -218,9 +239,6 @@ def _closing_words(run: Run) -> None:
 
 def run_eval(path: str, overrides: Sequence[str], *, model: str, out: str, as_json: bool) -> int:
     """`megarubric eval`: held-out answers of the model in `model`, judged by the config's judge."""
-    from megarubric.evaluate.heldout import summary_of
-    from megarubric.recipe.experience import reward_answers, write_and_judge
-
     own = load_train(path, overrides)
     tested = [*overrides, f"model.path={model}"]
     if own.judge.kind == "frozen" and own.judge.model is None:  # the config's own model judges, not the one under test
@@ -233,18 +251,9 @@ def run_eval(path: str, overrides: Sequence[str], *, model: str, out: str, as_js
 
     async def work() -> Summary:
         async with running(c, Path(c.runs_dir) / f"{c.name}-eval", None) as system:
-            settings = SamplingSettings(
-                c.evaluate.samples_per_prompt,
-                c.rollout.max_new_tokens,
-                prompts.tokenizer.stop_token_ids,
-                c.evaluate.temperature,
-                c.rollout.top_p,
-                c.seed,
-            )
-            sampler = Sampler(system.policies, settings, c.rollout.max_num_seqs)
             assert system.judge is not None
-            answers, _ = await write_and_judge(sampler, system.judge, prompts.tokenizer, 0, prompts.heldout)
-            return summary_of(reward_answers(answers))
+            sampler = heldout_sampler(c, system, prompts.tokenizer)
+            return await evaluate(sampler, system.judge, prompts.tokenizer, prompts.heldout)
 
     summary = asyncio.run(work())
     text = msgspec.json.format(msgspec.json.encode(summary), indent=1).decode()
