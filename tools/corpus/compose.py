@@ -1,8 +1,8 @@
 """Composes the instance rubrics of rubrics/instance/ from the kits in tools/corpus/kits/FAMILY/*.yaml.
 
-    python tools/corpus/compose.py                      write the shards
-    python tools/corpus/compose.py --check              status 1 when the shards are not what the kits give
-    python tools/corpus/compose.py --kit FILE --show 2  one kit: findings, numbers, two of its rubrics; writes nothing
+python tools/corpus/compose.py                      write the shards
+python tools/corpus/compose.py --check              status 1 when the shards are not what the kits give
+python tools/corpus/compose.py --kit FILE --show 2  one kit: findings, numbers, two of its rubrics; writes nothing
 """
 
 from __future__ import annotations
