@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megarubric.rubrics.lint.near import near_duplicates
 from megarubric.rubrics.lint.weights import absence_share, asks_for_absence
 from megarubric.rubrics.schema import FAMILIES, SCOPES, Rubric
 
@@ -17,7 +18,8 @@ def corpus_stats(rubrics: Sequence[Rubric]) -> dict[str, Any]:
     """Counts of a corpus, ready for JSON.
 
     `absence_weight` is the share of all absolute weight on absence, limits or correctness; `mixed` the share of rubrics
-    with both a check and a judged criterion; distributions are {value: count} or five-number summaries.
+    with both a check and a judged criterion; `near_duplicates` the share that repeats an earlier rubric (word 4-grams,
+    Jaccard similarity over 0.8); distributions are {value: count} or five-number summaries.
     """
     criteria = [c for r in rubrics for c in r.criteria]
     checks = [c.check.kind for c in criteria if c.check is not None]
@@ -40,6 +42,7 @@ def corpus_stats(rubrics: Sequence[Rubric]) -> dict[str, Any]:
         "absence_weight": round(sum(abs(c.weight) for c in criteria if asks_for_absence(c)) / total, 4)
         if total
         else None,
+        "near_duplicates": round(len(near_duplicates(rubrics)) / len(rubrics), 4) if rubrics else 0.0,
         "presence_only": sum((absence_share(r) or 0.0) == 0.0 for r in rubrics),
         "scope": {s: sum(r.scope == s for r in rubrics) for s in SCOPES},
         "family": {f or "none": sum(r.family == f for r in rubrics) for f in (*FAMILIES, None)},
@@ -89,7 +92,7 @@ def print_stats(stats: dict[str, Any], console: Console) -> None:
     console.print(
         f"{stats['mixed']:.0%} of the rubrics mix checks and judged criteria; {absence} of the weight is on absence, "
         f"limits or correctness; {stats['presence_only']:,} rubrics reward presence only; "
-        f"{stats['chinese']:,} in Chinese"
+        f"{stats['near_duplicates']:.1%} near-duplicates; {stats['chinese']:,} in Chinese"
     )
     table = Table(title="Rubrics by scope and family", title_justify="left")
     families = [f for f in stats["family"] if stats["family"][f]]
