@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -72,13 +72,15 @@ class TierReply(msgspec.Struct, frozen=True):
 
 class TextQuery(msgspec.Struct, frozen=True):
     """A question that is answered in text: reasons before a verdict, or all criteria at once. `draw` numbers repeated
-    draws at a `temperature` above 0 and seeds them."""
+    draws at a `temperature` above 0 and seeds them. `schema` is a JSON schema that the reply is held to where the
+    backend can; it is a help to the model, and no promise to the reader of the reply."""
 
     parts: tuple[Part, ...]
     content: str
     max_tokens: int
     temperature: float = 0.0
     draw: int = 0
+    schema: dict[str, Any] | None = None
 
 
 class TextReply(msgspec.Struct, frozen=True):

@@ -49,6 +49,9 @@ class EngineBackend:
         self._identity = identity
         self._max_prompt_tokens = max_prompt_tokens
         self._tier_ids: dict[tuple[str, ...], NDArray[np.int32]] = {}
+        self.requests = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
 
     @property
     def identity(self) -> str:
@@ -66,6 +69,7 @@ class EngineBackend:
                 continue
             due.append(i)
             asked.append(TokenTierQuery(prompt_ids=prompt, tier_token_ids=self._tier_token_ids(query.tiers)))
+        self._count([query.prompt_ids for query in asked])
         rows = await self._engine.tier_logprobs(asked) if asked else []
         if len(rows) != len(due):
             return replies[: len(rows)]  # a wrong number of answers: the judge sees it and repeats the call
@@ -83,13 +87,19 @@ class EngineBackend:
             GenerateRequest(prompt, q.max_tokens, seed=q.draw, temperature=q.temperature, stop_token_ids=stop)
             for prompt, q in zip(prompts, queries)
         ]
+        self._count(prompts)
         replies = []
         for done in await self._engine.generate(requests):
+            self.completion_tokens += len(done.token_ids)
             if done.error is not None:
                 replies.append(TextReply(error=done.error))
             else:
                 replies.append(TextReply(text=self._encoder.decode(done.token_ids.tolist())))
         return replies
+
+    def _count(self, prompts: Sequence[NDArray[np.int32]]) -> None:
+        self.requests += len(prompts)
+        self.prompt_tokens += sum(map(len, prompts))
 
     def _encode(self, queries: Sequence[TierQuery | TextQuery]) -> list[NDArray[np.int32]]:
         return [np.array(self._encoder.encode(query.parts), dtype=np.int32) for query in queries]

@@ -85,6 +85,8 @@ class OpenAIBackend:
         self.concurrency = settings.concurrency
         self.requests = 0
         self.tokens = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
         self.retried = 0
         key = os.environ.get(settings.key_env, "")
         self._client = httpx.AsyncClient(
@@ -99,6 +101,7 @@ class OpenAIBackend:
         self._failed_in_a_row = 0
         self._down_until = 0.0
         self._completions = settings.api == "completions"
+        self._schemas = True
 
     @property
     def identity(self) -> str:
@@ -124,9 +127,16 @@ class OpenAIBackend:
         body: dict[str, Any] = {"messages": messages, "max_tokens": query.max_tokens, "temperature": query.temperature}
         if query.temperature > 0:
             body["seed"] = query.draw
+        if query.schema is not None and self._schemas:
+            form = {"name": "reply", "strict": True, "schema": query.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
         try:
             choice = await self._with_retries(lambda: self._post("chat/completions", body))
         except _GiveUp as error:
+            if "response_format" in body and str(error).startswith(("HTTP 400", "HTTP 422", "HTTP 501")):
+                log.warning("%s refuses structured output (%s): asking without", self.settings.url, error)
+                self._schemas = False
+                return await self._text_query(query)
             return TextReply(error=str(error))
         text = _field(choice, "message", "content")
         return (
@@ -256,6 +266,9 @@ class OpenAIBackend:
             raise _Retry(f"unreadable reply: {error}") from error
         spent = _field(reply, "usage", "total_tokens")
         self.tokens += spent if isinstance(spent, int) else 0
+        read, written = (_field(reply, "usage", name) for name in ("prompt_tokens", "completion_tokens"))
+        self.prompt_tokens += read if isinstance(read, int) else 0
+        self.completion_tokens += written if isinstance(written, int) else 0
         choices = _field(reply, "choices")
         if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
             raise _Retry("unreadable reply: no choices")
