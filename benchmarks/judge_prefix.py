@@ -26,9 +26,10 @@ from pathlib import Path
 
 from megarubric.judging.backends import load_tokenizer
 from megarubric.judging.backends.engine import EngineBackend
-from megarubric.judging.judge import Judge, JudgeSettings
+from megarubric.judging.judge import Judge
 from megarubric.judging.modes import tier_texts
 from megarubric.judging.prompt import PromptEncoder, load_template, parse_template, render_all
+from megarubric.judging.settings import JudgeSettings
 from megarubric.judging.types import JudgeItem, TierQuery, TierReply
 from megarubric.launch.plan import quiet_environment, write_json
 from megarubric.launch.supervisor import last_words

@@ -44,7 +44,7 @@ def _eval(a: argparse.Namespace) -> int:
 
 def _eval_judge(a: argparse.Namespace) -> int:
     from megarubric.config import load_train
-    from megarubric.judging.judge import JudgeSettings
+    from megarubric.judging.settings import JudgeSettings
     from megarubric.judging.verb import JudgeUse, run_judge_eval
     from megarubric.launch.engines import judge_engine
 

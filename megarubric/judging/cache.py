@@ -1,9 +1,13 @@
 """Judgements kept for good: one SQLite file, shared by any number of processes, so that nothing is judged twice.
 
 A reply is named by the SHA-256 of everything that decides it: judge identity, rubric hash, criterion, prompt, response,
-template hash, tier signs, draw. The first reply stored under a name is the reply from then on, in every process: that
-makes a replay give the same rewards to the byte. The database is in WAL mode and every write is its own transaction, so
-a process killed at any moment loses at most the replies that had not reached it.
+template hash, rendered prompt, tier signs, sampling, draw. The first reply stored under a name is the reply from then
+on, in every process: that makes a replay give the same rewards to the byte. Calibration is no part of the name: what is
+kept is what the judge said, and that is calibrated anew at every reading.
+
+A reply is committed in the very step of the event loop that received it, before the next one is looked at. The database
+is in WAL mode, so what is committed survives the process: killed at any moment, it loses the questions that were under
+way, and of the replies that had come at most the one it was just reading.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ log = logging.getLogger(__name__)
 _SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x4D525542  # "MRUB": tells our file from any other SQLite database
 _BUSY_TIMEOUT_S = 30.0
+_PATIENCE_S = 0.05  # how long the event loop waits for another process's write; then the thread waits instead
+_CHECKPOINT_EVERY = 500  # writes
 _MISSING = "not in the judgement cache, and this is a replay"
 _encode = msgspec.msgpack.Encoder().encode
 _decode_tier = msgspec.msgpack.Decoder(TierReply).decode
@@ -57,12 +63,16 @@ class JudgeCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.hits = self.misses = self.failed_writes = 0
-        # One thread owns the connection: look-ups never block the event loop, and SQLite sees one thread only.
+        self.hits = self.misses = self.failed_writes = self._writes = 0
+        # Look-ups, and whatever must wait, have a thread and a connection of their own; a reply that has come is
+        # written at once through the other connection, which does not wait for the disk (checkpoints are the thread's).
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge-cache")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db: sqlite3.Connection = self._thread.submit(self._open).result()
+            self._now = sqlite3.connect(path, timeout=_PATIENCE_S, isolation_level=None, check_same_thread=False)
+            self._now.execute("PRAGMA synchronous = NORMAL")
+            self._now.execute("PRAGMA wal_autocheckpoint = 0")
         except (sqlite3.Error, OSError) as error:
             self._thread.shutdown()
             raise BadInput(path, None, f"cannot be used as a judgement cache: {error}") from error
@@ -107,33 +117,53 @@ class JudgeCache:
 
         A disk that is full or gone is reported once and costs the cache, not the judgements.
         """
-        # Shielded: a judge call that is cancelled by its time-out still keeps the replies that had come.
-        return await asyncio.shield(asyncio.wrap_future(self._thread.submit(self._put, judge, dict(values))))
+        try:
+            stored = self._put(self._now, judge, values)
+        except sqlite3.Error:  # most likely another process is writing: the thread has the time to wait for it
+            # Shielded: a judge call that is cancelled by its time-out still keeps the replies that had come.
+            stored = await asyncio.shield(asyncio.wrap_future(self._thread.submit(self._put_late, judge, dict(values))))
+        self._writes += 1
+        if self._writes % _CHECKPOINT_EVERY == 0:
+            self._thread.submit(self._checkpoint)
+        return stored
 
     def _get(self, keys: Sequence[str]) -> dict[str, bytes]:
+        return self._found(self._db, keys)
+
+    @staticmethod
+    def _found(db: sqlite3.Connection, keys: Sequence[str]) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
         for start in range(0, len(keys), 500):
             some = keys[start : start + 500]
             marks = ",".join("?" * len(some))
-            found.update(self._db.execute(f"SELECT key, value FROM reply WHERE key IN ({marks})", some).fetchall())
+            found.update(db.execute(f"SELECT key, value FROM reply WHERE key IN ({marks})", some).fetchall())
         return found
 
-    def _put(self, judge: str, values: dict[str, bytes]) -> dict[str, bytes]:
+    def _put(self, db: sqlite3.Connection, judge: str, values: Mapping[str, bytes]) -> dict[str, bytes]:
+        db.execute("BEGIN IMMEDIATE")
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(
-                "INSERT OR IGNORE INTO reply VALUES (?, ?, ?)", [(key, judge, value) for key, value in values.items()]
-            )
-            stored = self._get(list(values))
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
+            rows = [(key, judge, value) for key, value in values.items()]
+            db.executemany("INSERT OR IGNORE INTO reply VALUES (?, ?, ?)", rows)
+            stored = self._found(db, list(values))
+            db.execute("COMMIT")
+        except BaseException:
             with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
+                db.execute("ROLLBACK")
+            raise
+        return stored
+
+    def _put_late(self, judge: str, values: dict[str, bytes]) -> dict[str, bytes]:
+        try:
+            return self._put(self._db, judge, values)
+        except sqlite3.Error as error:
             if not self.failed_writes:
                 log.warning("%s: judgements are not being kept: %s", self.path, error)
             self.failed_writes += len(values)
             return values
-        return stored
+
+    def _checkpoint(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def judges(self) -> list[str]:
         """The identities whose replies are stored, in alphabetical order."""
@@ -147,6 +177,7 @@ class JudgeCache:
         return CacheStats(entries, size, self.hits, self.misses, self.failed_writes)
 
     def close(self) -> None:
+        self._now.close()
         self._thread.submit(self._db.close).result()
         self._thread.shutdown()
 
@@ -180,8 +211,9 @@ class CachedBackend:
 
     async def complete(self, queries: Sequence[TextQuery]) -> list[TextReply]:
         keys = [
-            content_hash(self.identity, q.content, "text", str(q.max_tokens), repr(q.temperature), str(q.draw))
+            content_hash(self.identity, q.content, "text", str(q.max_tokens), repr(q.temperature), str(q.draw), form)
             for q in queries
+            for form in [None if q.schema is None else msgspec.json.encode(q.schema, order="sorted").decode()]
         ]
         if self._backend is not None and not isinstance(self._backend, TextBackend):
             raise BadInput("judge", self.identity, "cannot write text")

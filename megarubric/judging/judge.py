@@ -21,6 +21,7 @@ from megarubric.errors import BadInput, ProcessDied
 from megarubric.judging.calibration import Calibration
 from megarubric.judging.modes import Drawn, Due, Mode, Way, all_query, read_all, read_reasoned, reason_query, tier_query
 from megarubric.judging.prompt import Template, load_template
+from megarubric.judging.settings import JudgeSettings
 from megarubric.judging.types import (
     JudgeItem,
     Judgement,
@@ -38,44 +39,6 @@ from megarubric.rubrics.parse import shown
 
 log = logging.getLogger(__name__)
 _MAX_TIERS = 26
-
-
-class JudgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a judge is asked.
-
-    `timeout_s` bounds one call to the backend (the backend says how many queries that is), counted from when it is its
-    turn; `retries` says how often a failed call is repeated.
-
-    `mode` is how criteria are asked: ``tier`` (one sign, from log-probabilities), ``reason`` (reasons, then the
-    verdict) or ``all`` (one call for all criteria of an answer); `modes` says otherwise for single criteria, by id or
-    by ``rubric id/criterion id``. `draws` and `temperature` hold for the modes that write.
-
-    `escalate_above`: a tier judgement whose entropy is above this share of its maximum, log(number of tiers), or that
-    is unread, is asked of the second judge, where there is one.
-    """
-
-    template: str = "tier"
-    reason_template: str = "reason"
-    all_template: str = "all"
-    min_tier_mass: float = 0.5
-    timeout_s: float = 120.0
-    retries: int = 1
-    mode: Mode = "tier"
-    modes: dict[str, Mode] = {}
-    draws: int = 1
-    temperature: float = 0.0
-    max_tokens: int = 512
-    escalate_above: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.draws < 1 or self.retries < 0 or self.timeout_s <= 0 or self.max_tokens < 1:
-            raise ValueError("draws and max_tokens are at least 1, retries at least 0, timeout_s above 0")
-        if self.draws > 1 and self.temperature <= 0:
-            raise ValueError("several draws at temperature 0 are one draw: set a temperature")
-
-    def mode_of(self, rubric: Rubric, criterion: Criterion) -> Mode:
-        by_id = self.modes.get(criterion.id, self.mode)
-        return self.modes.get(f"{rubric.id}/{criterion.id}", by_id)
 
 
 class JudgeStats(msgspec.Struct):
@@ -100,8 +63,10 @@ class JudgeStats(msgspec.Struct):
 class Judge:
     """Judges answers with `backend`, or without one (None): then only checks and stored judgements count.
 
-    `second` is asked again where `backend` is unsure; `calibration` corrects the scores of both. The modes that write
-    need a backend that can (`TextBackend`). Any number of `judge` calls may overlap on one event loop.
+    `second` is asked again where `backend` is unsure; `calibration` corrects the scores of `backend` and leaves those
+    of `second`, for which it was not fitted, as they are. The modes that write need a backend that can
+    (`TextBackend`). Any number of `judge` calls may overlap on one event loop. Raises BadInput when a template or a
+    backend does not fit what the settings ask of it.
     """
 
     def __init__(
@@ -117,13 +82,11 @@ class Judge:
         self.calibration = calibration
         self.settings = settings or JudgeSettings()
         self.stats = JudgeStats()
-        self.template: Template = load_template(self.settings.template)
-        self._reason_template = load_template(self.settings.reason_template)
-        self._all_template = load_template(self.settings.all_template)
+        self.templates = load_templates(self.settings)
         self._slots = {id(b): asyncio.Semaphore(b.concurrency) for b in (backend, second) if b is not None}
-        writes = {self.settings.mode, *self.settings.modes.values()} - {"tier"}
-        if backend is not None and writes and not isinstance(backend, TextBackend):
-            raise BadInput("judge", backend.identity, f"cannot write text, which mode {min(writes)} needs")
+        for b in (backend, second):
+            if b is not None and self.settings.writes and not isinstance(b, TextBackend):
+                raise BadInput("judge", b.identity, f"cannot write text, which mode {min(self.settings.writes)} needs")
 
     async def judge(
         self, items: Sequence[JudgeItem], *, draw: int = 0, highest_first: bool = False
@@ -149,11 +112,9 @@ class Judge:
                 row[criterion.id] = judgement
             results.append(row)
         way = Way(draw, highest_first)
-        answered = await asyncio.gather(
-            self._by_tier(due["tier"], way), self._by_reason(due["reason"], way), self._by_all(due["all"], way)
-        )
+        answered = await asyncio.gather(*(self._judged(mode, dues, way) for mode, dues in due.items()))
         for d, judgement in (pair for pairs in answered for pair in pairs):
-            results[d.at][d.criterion.id] = self._counted(self._calibrated(d, judgement))
+            results[d.at][d.criterion.id] = self._counted(judgement)
         return results
 
     def _without_model(self, item: JudgeItem, criterion: Criterion) -> Judgement | None:
@@ -180,21 +141,21 @@ class Judge:
 
     # --- the three ways of asking -------------------------------------------------------------------------------
 
-    async def _by_tier(self, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
-        judged = await self._ask_tiers(self.backend, due, way)
-        if self.second is None:
-            return judged
-        unsure = [d for d, j in judged if self._unsure(d.criterion, j)]
-        self.stats.escalated += len(unsure)
-        again = {(d.at, d.criterion.id): j for d, j in await self._ask_tiers(self.second, unsure, way) if j.read}
-        return [(d, again.get((d.at, d.criterion.id), j)) for d, j in judged]
-
-    async def _ask_tiers(
-        self, backend: TierBackend | None, due: Sequence[Due], way: Way
-    ) -> list[tuple[Due, Judgement]]:
-        if not due or backend is None:
+    async def _judged(self, mode: Mode, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
+        """The judgements of `due` by the first judge, or by the second where the first is unsure."""
+        ask = {"tier": self._by_tier, "reason": self._by_reason, "all": self._by_all}[mode]
+        if not due or self.backend is None:
             return []
-        asked = [tier_query(self.template, d, way) for d in due]
+        judged = await ask(self.backend, due, way)
+        again: dict[tuple[int, str], Judgement] = {}
+        if self.second is not None and (unsure := [d for d, j in judged if self._unsure(d.criterion, mode, j)]):
+            self.stats.escalated += len(unsure)
+            again = {(d.at, d.criterion.id): j for d, j in await ask(self.second, unsure, way) if j.read}
+        return [(d, again.get((d.at, d.criterion.id)) or self._calibrated(d, j)) for d, j in judged]
+
+    async def _by_tier(self, backend: TierBackend, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
+        template = self.templates["tier" if backend is self.backend else "second"]
+        asked = [tier_query(template, d, way) for d in due]
         distinct = {q.content: q for q in asked}  # equal answers are judged once
         replies = await self._ask(backend, list(distinct.values()), backend.tier_logprobs, lambda e: TierReply(error=e))
         by_content = dict(zip(distinct, replies))
@@ -203,34 +164,27 @@ class Judge:
             for d, q in zip(due, asked)
         ]
 
-    async def _by_reason(self, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
-        s = self.settings
+    async def _by_reason(self, backend: TierBackend, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
+        s, template = self.settings, self.templates["reason"]
         draws = [
-            [reason_query(self._reason_template, d, w, s.max_tokens, s.temperature) for w in way.draws(s.draws)]
-            for d in due
+            [reason_query(template, d, w, s.max_tokens, s.temperature) for w in way.draws(s.draws)] for d in due
         ]
-        replies = await self._ask_text(draws)
+        replies = await self._ask_text(backend, draws)
         return [(d, _drawn(d.criterion, read_reasoned(d.criterion, r, way))) for d, r in zip(due, replies)]
 
-    async def _by_all(self, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
-        s = self.settings
+    async def _by_all(self, backend: TierBackend, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
+        s, template = self.settings, self.templates["all"]
         groups = [list(group) for _, group in groupby(due, key=lambda d: d.at)]
-        draws = [
-            [all_query(self._all_template, g, w, s.max_tokens, s.temperature) for w in way.draws(s.draws)]
-            for g in groups
-        ]
+        draws = [[all_query(template, g, w, s.max_tokens, s.temperature) for w in way.draws(s.draws)] for g in groups]
         out = []
-        for group, replies in zip(groups, await self._ask_text(draws)):
+        for group, replies in zip(groups, await self._ask_text(backend, draws)):
             criteria = [d.criterion for d in group]
             out += [(d, _drawn(d.criterion, drawn)) for d, drawn in zip(group, read_all(criteria, replies, way))]
         return out
 
-    async def _ask_text(self, draws: Sequence[Sequence[TextQuery]]) -> list[list[TextReply]]:
+    async def _ask_text(self, backend: TierBackend, draws: Sequence[Sequence[TextQuery]]) -> list[list[TextReply]]:
         """The replies to each list of draws."""
-        if not draws:
-            return []
-        backend = self.backend
-        assert backend is not None and isinstance(backend, TextBackend)
+        assert isinstance(backend, TextBackend)
         distinct = {(q.content, q.draw): q for row in draws for q in row}
         replies = await self._ask(backend, list(distinct.values()), backend.complete, lambda e: TextReply(error=e))
         by_content = dict(zip(distinct, replies))
@@ -243,7 +197,8 @@ class Judge:
         method: Callable[[Sequence[Q]], Awaitable[list[R]]],
         failed: Callable[[str], R],
     ) -> list[R]:
-        """One reply a query whatever the backend does; only ProcessDied passes."""
+        """One reply a query whatever the backend does. Only ProcessDied passes, and BadInput: a judge that cannot be
+        asked at all (its vocabulary has no such sign) would otherwise be a run without a single judgement."""
         chunks = [queries[i : i + backend.grain] for i in range(0, len(queries), backend.grain)]
 
         async def call(chunk: Sequence[Q]) -> list[R]:
@@ -254,7 +209,7 @@ class Judge:
                 try:
                     async with self._slots[id(backend)]:
                         replies = await asyncio.wait_for(_as_coroutine(method(chunk)), self.settings.timeout_s)
-                except ProcessDied:
+                except (ProcessDied, BadInput):
                     raise
                 except TimeoutError:
                     reason = f"timed out after {self.settings.timeout_s:g} s"
@@ -293,11 +248,13 @@ class Judge:
         value = low + score * (high - low)
         return Judgement(criterion.id, value, score, "judge", True, reading.entropy.item(), mass)
 
-    def _unsure(self, criterion: Criterion, judgement: Judgement) -> bool:
+    def _unsure(self, criterion: Criterion, mode: Mode, judgement: Judgement) -> bool:
         if judgement.score is None:
             return True
-        limit = self.settings.escalate_above * math.log(len(criterion.tier_values))
-        return judgement.entropy is not None and judgement.entropy > limit
+        outcomes = len(criterion.tier_values)
+        if mode != "tier":
+            outcomes = min(outcomes, self.settings.draws)  # so many draws cannot be spread wider
+        return judgement.entropy is not None and judgement.entropy > self.settings.escalate_above * math.log(outcomes)
 
     def _calibrated(self, due: Due, judgement: Judgement) -> Judgement:
         if self.calibration is None or judgement.score is None:
@@ -313,6 +270,23 @@ class Judge:
         if judgement.reason is not None:
             self.stats.failures[_kind(judgement.reason)] += 1
         return judgement
+
+
+def load_templates(settings: JudgeSettings) -> dict[str, Template]:
+    """The templates by use: ``tier``, ``second``, ``reason``, ``all``. Raises BadInput for a file that is no template,
+    or one of the other kind (a list of criteria where one is asked about)."""
+    names = {
+        "tier": settings.template,
+        "second": settings.second_template or settings.template,
+        "reason": settings.reason_template,
+        "all": settings.all_template,
+    }
+    templates = {use: load_template(name) for use, name in names.items()}
+    for use, template in templates.items():
+        if template.lists_all != (use == "all"):
+            wanted = "{{criteria}}" if use == "all" else "{{criterion}} and {{tiers}}"
+            raise BadInput(f"template {names[use]}", None, f"cannot be the template of mode {use}: needs {wanted}")
+    return templates
 
 
 async def _as_coroutine[T](awaitable: Awaitable[T]) -> T:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from megarubric.judging.parser import parse_all, parse_reasoned
-from megarubric.judging.prompt import Template, render_all, render_tier, tier_tokens
+from megarubric.judging.prompt import Part, Template, plain_text, render_all, render_tier, tier_tokens
 from megarubric.judging.types import JudgeItem, TextQuery, TextReply, TierQuery, TierReply, content_hash
 from megarubric.rubrics import Criterion
 
@@ -77,7 +77,7 @@ def tier_query(template: Template, due: Due, way: Way) -> TierQuery:
     texts = way.order(tier_texts(due.criterion))
     reference = _reference(due)
     parts = render_tier(template, due.item.prompt, due.item.response, due.criterion.description, texts, reference)
-    content = _content("tier", template, due, way, due.criterion.id)
+    content = _content("tier", template, due, way, parts, due.criterion.id)
     return TierQuery(tuple(parts), tier_tokens(len(texts)), content, way.draw)
 
 
@@ -86,7 +86,7 @@ def reason_query(template: Template, due: Due, way: Way, max_tokens: int, temper
     texts = way.order(tier_texts(due.criterion))
     reference = _reference(due)
     parts = render_tier(template, due.item.prompt, due.item.response, due.criterion.description, texts, reference)
-    content = _content("reason", template, due, way, due.criterion.id)
+    content = _content("reason", template, due, way, parts, due.criterion.id)
     return TextQuery(tuple(parts), content, max_tokens, temperature, way.draw)
 
 
@@ -96,7 +96,7 @@ def all_query(template: Template, dues: Sequence[Due], way: Way, max_tokens: int
     criteria = [(due.criterion.description, way.order(tier_texts(due.criterion))) for due in dues]
     reference = next((r for due in dues if (r := _reference(due)) is not None), None)
     parts = render_all(template, first.item.prompt, first.item.response, criteria, reference)
-    content = _content("all", template, first, way, *(due.criterion.id for due in dues))
+    content = _content("all", template, first, way, parts, *(due.criterion.id for due in dues))
     return TextQuery(tuple(parts), content, max_tokens, temperature, way.draw)
 
 
@@ -130,6 +130,8 @@ def _reference(due: Due) -> str | None:
     return due.item.rubric.reference if due.criterion.needs_reference else None
 
 
-def _content(mode: Mode, template: Template, due: Due, way: Way, *criteria: str) -> str:
+def _content(mode: Mode, template: Template, due: Due, way: Way, parts: Sequence[Part], *criteria: str) -> str:
+    """The rendered prompt is hashed too: a later version that renders the same material otherwise asks anew."""
     item, order = due.item, "highest first" if way.highest_first else "lowest first"
-    return content_hash(mode, order, template.hash, item.rubric.hash, item.prompt, item.response, *criteria)
+    rendered = plain_text(parts)
+    return content_hash(mode, order, template.hash, item.rubric.hash, item.prompt, item.response, rendered, *criteria)

@@ -49,6 +49,11 @@ class Template(msgspec.Struct, frozen=True):
     text: str
     hash: str
 
+    @property
+    def lists_all(self) -> bool:
+        """Whether it asks about all criteria in one call."""
+        return "{{criteria}}" in self.text
+
 
 def parse_template(text: str, name: str) -> Template:
     """Template from `text`; the one newline that ends the file is not part of it.

@@ -19,8 +19,9 @@ from megarubric.errors import BadInput
 from megarubric.judging.backends import backend_for_engine, backend_for_url
 from megarubric.judging.backends.engine import TierEngine
 from megarubric.judging.cache import CachedBackend, JudgeCache
-from megarubric.judging.judge import Judge, JudgeSettings
+from megarubric.judging.judge import Judge
 from megarubric.judging.score import Device, ScoreSummary, score_file
+from megarubric.judging.settings import JudgeSettings
 from megarubric.judging.suite import JudgeReport, load_labelled, run_judge_suite
 from megarubric.judging.types import TierBackend
 from megarubric.observe.files import whole_file

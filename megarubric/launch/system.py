@@ -16,7 +16,8 @@ from megarubric.exchange.buckets import sweep
 from megarubric.exchange.rpc import ipc_endpoint
 from megarubric.exchange.update import exchange
 from megarubric.judging.backends import backend_for_engine, backend_for_url
-from megarubric.judging.judge import Judge, JudgeSettings
+from megarubric.judging.judge import Judge
+from megarubric.judging.settings import JudgeSettings
 from megarubric.launch import plan
 from megarubric.launch.supervisor import Child, Supervisor, free_port
 from megarubric.megatron.client import TrainerClient

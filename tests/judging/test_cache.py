@@ -24,14 +24,19 @@ def query(n: int, draw: int = 0) -> TierQuery:
 
 class CountingJudge:
     """Answers every question with a reply of its own, one question in `fail` with an error, and writes down what it was
-    asked, one line a question, in `journal`."""
+    asked, one line a question, in `journal`. `die_at` such lines end the process by SIGKILL before the next."""
 
     concurrency = 8
 
     def __init__(
-        self, identity: str = "judge", fail: Sequence[str] = (), journal: Path | None = None, grain: int = 64
+        self,
+        identity: str = "judge",
+        fail: Sequence[str] = (),
+        journal: Path | None = None,
+        grain: int = 64,
+        die_at: int = 0,
     ) -> None:
-        self.identity, self.grain = identity, grain
+        self.identity, self.grain, self._die_at = identity, grain, die_at
         self.asked: Counter[str] = Counter()
         self._fail, self._journal = fail, journal
 
@@ -44,6 +49,8 @@ class CountingJudge:
             replies.append(
                 TierReply(error="no") if q.content in self._fail else TierReply(logprobs=(-math.inf, -1 / (serial + 2)))
             )
+        if self._die_at and self.asked.total() > self._die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         if self._journal is not None:
             with self._journal.open("a") as f:
                 f.writelines(q.content + "\n" for q in queries)
@@ -144,9 +151,9 @@ def test_a_cancelled_call_keeps_what_had_come_and_leaves_nothing_under_way(tmp_p
     cache.close()
 
 
-def _work(path: Path, journal: Path, numbers: range, grain: int) -> None:
+def _work(path: Path, journal: Path, numbers: range, grain: int, die_at: int = 0) -> None:
     cache = JudgeCache(path)
-    backend = CachedBackend(CountingJudge(journal=journal, grain=grain), cache)
+    backend = CachedBackend(CountingJudge(journal=journal, grain=grain, die_at=die_at), cache)
     for start in range(0, len(numbers), 50):
         run(backend, [query(i) for i in numbers[start : start + 50]])
     cache.close()
@@ -168,7 +175,33 @@ def test_processes_share_one_file(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_killed_in_the_middle_of_2000_judgements_nothing_is_lost_and_nothing_is_judged_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grain", [1, 16])
+def test_killed_in_the_middle_of_2000_judgements_nothing_is_lost_and_nothing_is_judged_twice(
+    tmp_path: Path, grain: int
+) -> None:
+    """Killed from within, when half of the questions are answered and others are under way: every reply that had come
+    was kept, and exactly the rest is asked again."""
+    path, journal = tmp_path / "judge.db", tmp_path / "journal"
+    arguments = (path, journal, range(2000), grain, 1000)
+    worker = multiprocessing.get_context("spawn").Process(target=_work, args=arguments)
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+    answered = journal.read_text().splitlines()
+    assert 1000 - grain <= len(answered) <= 1000
+
+    cache = JudgeCache(path)
+    assert cache.stats().entries == len(answered)
+    judge = CountingJudge(grain=grain)
+    replies = run(CachedBackend(judge, cache), [query(i) for i in range(2000)])
+    assert all(r.error is None for r in replies) and cache.stats().entries == 2000
+    assert set(judge.asked.values()) == {1}
+    assert set(judge.asked) == {f"content {i}" for i in range(2000)} - set(answered)
+    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    cache.close()
+
+
+def test_killed_from_outside_at_any_moment_at_most_the_reply_just_being_read_is_asked_again(tmp_path: Path) -> None:
     path, journal = tmp_path / "judge.db", tmp_path / "journal"
     worker = multiprocessing.get_context("spawn").Process(target=_work, args=(path, journal, range(2000), 1))
     worker.start()
@@ -180,16 +213,29 @@ def test_killed_in_the_middle_of_2000_judgements_nothing_is_lost_and_nothing_is_
     worker.join()
     answered = journal.read_text().splitlines()
     assert 300 < len(answered) < 2000
-
     cache = JudgeCache(path)
-    kept = cache.stats().entries
     judge = CountingJudge()
-    replies = run(CachedBackend(judge, cache), [query(i) for i in range(2000)])
-    assert all(r.error is None for r in replies) and cache.stats().entries == 2000
-    assert judge.asked.total() == 2000 - kept  # what was kept is not asked again
-    twice = set(answered) & set(judge.asked)
-    assert len(twice) == len(answered) - kept <= 50  # only the call that the signal cut off, never one that was kept
-    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    run(CachedBackend(judge, cache), [query(i) for i in range(2000)])
+    assert len(set(answered) & set(judge.asked)) <= 1 and cache.stats().entries == 2000
+    cache.close()
+
+
+def test_a_write_waits_for_another_process_without_holding_up_the_rest(tmp_path: Path) -> None:
+    cache = JudgeCache(tmp_path / "judge.db")
+    other = sqlite3.connect(tmp_path / "judge.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+
+    async def main() -> list[TierReply]:
+        backend = CachedBackend(CountingJudge(), cache)
+        asking = asyncio.create_task(backend.tier_logprobs([query(1)]))
+        await asyncio.sleep(0.3)  # the loop runs on
+        assert not asking.done()
+        other.execute("COMMIT")
+        return await asking
+
+    assert asyncio.run(main())[0].error is None
+    assert cache.stats().entries == 1 and cache.stats().failed_writes == 0
+    other.close()
     cache.close()
 
 
@@ -216,6 +262,7 @@ def test_files_that_are_no_cache_are_refused(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_costs_the_cache_and_not_the_judgements(tmp_path: Path) -> None:
     cache = JudgeCache(tmp_path / "judge.db")
     cache._thread.submit(lambda: cache._db.execute("PRAGMA query_only = 1")).result()
+    cache._now.execute("PRAGMA query_only = 1")
     replies = run(CachedBackend(CountingJudge(), cache), [query(i) for i in range(3)])
     assert all(r.logprobs for r in replies) and cache.stats().failed_writes == 3
     cache.close()

@@ -22,9 +22,10 @@ from tiny_moe import log_softmax, make_model
 
 from megarubric.errors import ProcessDied
 from megarubric.judging.backends import backend_for_engine, load_tokenizer
-from megarubric.judging.judge import Judge, JudgeSettings
+from megarubric.judging.judge import Judge
 from megarubric.judging.modes import Due, Way, tier_query
 from megarubric.judging.prompt import PromptEncoder, load_template
+from megarubric.judging.settings import JudgeSettings
 from megarubric.judging.types import JudgeItem
 from megarubric.judging.verb import run_score
 from megarubric.launch.plan import quiet_environment, write_json

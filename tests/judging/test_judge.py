@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from megarubric.errors import BadInput, ProcessDied
-from megarubric.judging.judge import Judge, JudgeSettings
+from megarubric.judging.judge import Judge
 from megarubric.judging.prompt import plain_text
+from megarubric.judging.settings import JudgeSettings
 from megarubric.judging.types import JudgeItem, Judgement, TierQuery, TierReply
 from megarubric.rubrics import Rubric, parse_rubric
 

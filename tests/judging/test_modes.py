@@ -11,10 +11,11 @@ import pytest
 from megarubric.errors import BadInput
 from megarubric.judging.cache import CachedBackend, JudgeCache
 from megarubric.judging.calibration import Calibration, Map
-from megarubric.judging.judge import Judge, JudgeSettings
+from megarubric.judging.judge import Judge
 from megarubric.judging.modes import Due, Way, all_query, reason_query
 from megarubric.judging.parser import parse_all, parse_pair_scores, parse_reasoned, parse_tier, parse_tier_json
 from megarubric.judging.prompt import load_template, plain_text
+from megarubric.judging.settings import JudgeSettings
 from megarubric.judging.types import JudgeItem, Judgement, TextQuery, TextReply, TierQuery, TierReply
 from megarubric.rubrics import parse_rubric
 

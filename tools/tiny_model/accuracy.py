@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megarubric.judging.backends import backend_for_engine
-from megarubric.judging.judge import Judge, JudgeSettings
+from megarubric.judging.judge import Judge
+from megarubric.judging.settings import JudgeSettings
 from megarubric.judging.types import JudgeItem, Judgement
 from megarubric.launch.engines import judge_engine
 from megarubric.rubrics import parse_rubric

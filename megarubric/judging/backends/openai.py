@@ -105,15 +105,21 @@ class OpenAIBackend:
 
     @property
     def identity(self) -> str:
-        return f"openai:{api_base(self.settings.url)}#{self.settings.model}"
+        s = self.settings
+        way = ("", "+prefill")[s.prefill] + ("", "+completions")[s.api == "completions"]
+        return f"{url_identity(s.url)}{s.model}{way}"
 
     async def aclose(self) -> None:
         await self._client.aclose()
 
     async def tier_logprobs(self, queries: Sequence[TierQuery]) -> list[TierReply]:
+        if len(queries) == 1:  # no task in between: the reply is in the caller's hands in the step that received it
+            return [await self._query(queries[0])]
         return list(await asyncio.gather(*(self._query(query) for query in queries)))
 
     async def complete(self, queries: Sequence[TextQuery]) -> list[TextReply]:
+        if len(queries) == 1:
+            return [await self._text_query(queries[0])]
         return list(await asyncio.gather(*(self._text_query(query) for query in queries)))
 
     async def _query(self, query: TierQuery) -> TierReply:
@@ -241,12 +247,14 @@ class OpenAIBackend:
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The reply's only choice. Raises _Retry or _GiveUp."""
         s = self.settings
+        while (wait := self._resume_at - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        # Nothing is awaited between the check and the count: the number of requests is never exceeded. Tokens are known
+        # when a reply has come, so requests under way may exceed theirs.
         if s.max_requests and self.requests >= s.max_requests:
             raise _GiveUp(f"budget spent: {s.max_requests} requests")
         if s.max_tokens_total and self.tokens >= s.max_tokens_total:
             raise _GiveUp(f"budget spent: {s.max_tokens_total} tokens")
-        while (wait := self._resume_at - time.monotonic()) > 0:
-            await asyncio.sleep(wait)
         self.requests += 1
         try:
             response = await self._client.post(path, json={"model": s.model, "temperature": 0, **body})
@@ -278,12 +286,13 @@ class OpenAIBackend:
         return choice
 
     def _note_limits(self, response: httpx.Response) -> None:
-        """A server that says it has no requests left is left alone until it says it has."""
-        if response.headers.get("x-ratelimit-remaining-requests") != "0":
-            return
-        reset = _duration(response.headers.get("x-ratelimit-reset-requests", ""))
-        if reset is not None:
-            self._resume_at = max(self._resume_at, time.monotonic() + min(reset, self.settings.deadline_s))
+        """A server that says it has no requests or tokens left is left alone until it says it has."""
+        for what in ("requests", "tokens"):
+            if response.headers.get(f"x-ratelimit-remaining-{what}", "").strip() not in ("0", "0.0"):
+                continue
+            reset = _duration(response.headers.get(f"x-ratelimit-reset-{what}", "").strip())
+            if reset is not None:
+                self._resume_at = max(self._resume_at, time.monotonic() + min(reset, self.settings.deadline_s))
 
 
 def _without_logprobs(body: dict[str, Any]) -> dict[str, Any]:
@@ -300,16 +309,24 @@ def _field(value: object, *path: str) -> Any:
 def _from_tokens(tokens: list[Any], tiers: tuple[str, ...]) -> TierReply:
     """Find the token that is the verdict: the reply up to it is nothing, or the agreed ``Tier [``."""
     before = ""
-    for entry in tokens:
+    for at, entry in enumerate(tokens):
         token = _field(entry, "token")
         top = _field(entry, "top_logprobs")
         if not isinstance(token, str):
             break
-        if re.fullmatch(r"\s*(Tier\s*\[\s*)?", before) and token.strip() in tiers and isinstance(top, list):
+        found = re.fullmatch(r"\s*(Tier\s*\[\s*)?", before) and token.strip() in tiers
+        if found and isinstance(top, list) and not _goes_on(token, tokens[at + 1 :]):
             listed = [(_field(t, "token"), _field(t, "logprob")) for t in top] + [(token, _field(entry, "logprob"))]
             return _from_top([(t, x) for t, x in dict(listed).items() if isinstance(t, str)], tiers)
         before += token
     return TierReply(error=f"no tier in the reply: {before[:80]!r}")
+
+
+def _goes_on(token: str, following: list[Any]) -> bool:
+    """Whether what looks like a sign is the beginning of something else: 1 of ``10``, ``1.5`` or ``1/5``, A of
+    ``All``."""
+    rest = "".join(str(_field(entry, "token")) for entry in following[:2])
+    return token == token.rstrip() and re.match(r"\w|[.,/:%]\s*\d", rest) is not None
 
 
 def _from_top(top: list[tuple[str, Any]], tiers: tuple[str, ...]) -> TierReply:
@@ -325,7 +342,10 @@ def _from_top(top: list[tuple[str, Any]], tiers: tuple[str, ...]) -> TierReply:
 
 
 def _retry_after(headers: httpx.Headers) -> float | None:
-    """Seconds of a Retry-After header: a number or an HTTP date."""
+    """Seconds of a Retry-After header, a number or an HTTP date, or of the finer ``retry-after-ms``."""
+    finer = headers.get("retry-after-ms", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", finer):
+        return float(finer) / 1000
     value = headers.get("retry-after", "").strip()
     if not value:
         return None
@@ -335,22 +355,29 @@ def _retry_after(headers: httpx.Headers) -> float | None:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def _duration(text: str) -> float | None:
-    """Seconds of ``1s``, ``6m0s``, ``20ms`` or a plain number, None when it is something else."""
+    """Seconds of ``1s``, ``6m0s``, ``20ms`` or a plain number, None when it is something else. A number that can only
+    be a time of day (some servers send the moment of the reset) counts from now."""
     units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
-    if not re.fullmatch(r"(\d+(\.\d+)?(ms|h|m|s)?)+", text):
+    if not re.fullmatch(r"(?:\d+(?:\.\d+)?(?:ms|h|m|s))+|\d+(?:\.\d+)?", text):
         return None
-    return sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|h|m|s|)", text))
+    seconds = sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|h|m|s|)", text))
+    return seconds if seconds < 1e9 else max(0.0, seconds - time.time())
 
 
 def api_base(url: str) -> str:
     """`url` without a slash at its end, and with ``/v1`` when it has no path of its own."""
     base = url.rstrip("/")
     return base if re.match(r"https?://[^/]+/", base) else base + "/v1"
+
+
+def url_identity(url: str) -> str:
+    """What the identities of all judges at `url` begin with; the model's name follows."""
+    return f"openai:{api_base(url)}#"
 
 
 def first_model(url: str, timeout_s: float = 10.0) -> str:
