@@ -121,7 +121,7 @@ async def open_judge(use: JudgeUse) -> AsyncIterator[Judge]:
         if use.replay_only:
             assert cache is not None
             backend = _replayed(cache)
-            chosen = use.settings or JudgeSettings(template=_template(use.judge))
+            chosen = use.settings or JudgeSettings(template=template_for(use.judge))
         else:
             backend, chosen = await stack.enter_async_context(
                 _backend(use.judge, use.device, use.engine_factory, use.settings)
@@ -192,14 +192,14 @@ def show_report(report: JudgeReport) -> None:
     console.print(table)
 
 
-def _is_url(judge: str) -> bool:
+def is_url(judge: str) -> bool:
     return judge.startswith(("http://", "https://"))
 
 
-def _template(judge: str) -> str:
+def template_for(judge: str) -> str:
     """The compact template for a model directory with a short context, else the full one."""
     config = Path(judge) / "config.json"
-    if judge == "none" or _is_url(judge) or not config.is_file():
+    if judge == "none" or is_url(judge) or not config.is_file():
         return "tier"
     try:
         read = msgspec.json.decode(config.read_bytes())
@@ -216,7 +216,7 @@ async def _backend(
     if judge == "none":
         yield None, settings or JudgeSettings()
         return
-    if _is_url(judge):
+    if is_url(judge):
         url, _, model = judge.partition("#")
         remote = backend_for_url(url, model or None)
         try:
@@ -231,7 +231,7 @@ async def _backend(
         )
     if engine_factory is None:
         raise BadInput("command line", f"--judge {judge}", "no engine can be started here")
-    chosen = settings or JudgeSettings(template=_template(judge))
+    chosen = settings or JudgeSettings(template=template_for(judge))
     async with engine_factory(directory, device) as engine:
         yield backend_for_engine(engine, directory), chosen
 

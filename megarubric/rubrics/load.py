@@ -175,12 +175,13 @@ def _not_finite(name: str) -> Any:
     raise ValueError(f"{name} is not a finite number")
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_not_finite)
+# Refuses a key that comes twice, NaN and infinities: ValueError says which.
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_not_finite)
 
 
 def _json(file: Path, item: str | None, text: str) -> Any:
     try:
-        return _JSON.decode(text)
+        return STRICT_JSON.decode(text)
     except json.JSONDecodeError as error:
         place = item or f"line {error.lineno}"
         raise BadInput(file, place, f"not JSON: {error.msg} (column {error.colno})") from None
