@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarubric.megatron.families import ParamSource, family_of
+from megarubric.megatron.families import ParamSource, family_of, param_source
 from megarubric.megatron.layout import ParallelLayout
 
 
@@ -66,7 +66,7 @@ def model_pieces(models: Sequence[torch.nn.Module], hf_config: dict[str, Any], l
     tied_copy = bool(hf_config.get("tie_word_embeddings", False)) and layout.pp > 1
     pieces: list[Piece] = []
     for name, param, key in _named_sources(models, hf_config):
-        source = family.param_source(hf_config, *key)
+        source = param_source(family, hf_config, *key)
         rank, size = expert if source.expert else dense
         owned = first_expert if source.expert else first_dense
         if tied_copy and name == "output_layer.weight":

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megarubric.errors import BadInput
-from megarubric.megatron.families import family_of
+from megarubric.megatron.families import family_of, param_source
+from megarubric.megatron.hf_files import open_checkpoint, plan_shards
 from megarubric.megatron.pieces import cut_parameter
-from megarubric.megatron.weights import open_checkpoint, plan_shards
 
 HF: dict[str, Any] = {
     "model_type": "qwen3_moe",
@@ -65,7 +65,7 @@ def all_sources(hf: dict[str, Any]) -> list[Any]:
         else:
             keys += [(layer, "mlp.router.weight", None)]
             keys += [(layer, f"experts.linear_fc{i}.weight", e) for i in (1, 2) for e in range(hf["num_experts"])]
-    return [family.param_source(hf, *key) for key in keys]
+    return [param_source(family, hf, *key) for key in keys]
 
 
 @given(
@@ -105,7 +105,7 @@ def test_pieces_of_all_ranks_tile_every_tensor(tp: int, etp: int, groups: int, v
 
 def test_parameter_that_does_not_fit_its_source_is_an_error() -> None:
     family = family_of(HF, "config.json")
-    source = family.param_source(HF, 0, "self_attention.linear_qkv.weight", None)
+    source = param_source(family, HF, 0, "self_attention.linear_qkv.weight", None)
     with pytest.raises(ValueError, match="q_proj"):
         cut_parameter(source, torch.zeros(90, 32), family.manifest(HF), 0, 1, owned=True)
 
@@ -220,7 +220,7 @@ def test_index_is_checked(tmp_path: Path) -> None:
 
 def test_plan_shards_fills_files_in_order_and_aligns_the_data() -> None:
     manifest = family_of(HF, "config.json").manifest(HF)
-    plan = plan_shards(manifest, torch.bfloat16, Path("out"), max_shard_bytes=8_000)
+    plan = plan_shards(manifest, dict.fromkeys(manifest, "BF16"), Path("out"), max_shard_bytes=8_000)
     assert list(plan) == list(manifest)
     files = [info.path.name for info in plan.values()]
     assert files == sorted(files) and files[0].startswith("model-00001-of-") and len(set(files)) > 3
@@ -229,9 +229,8 @@ def test_plan_shards_fills_files_in_order_and_aligns_the_data() -> None:
         assert inside[0][0] % 8 == 0
         assert all(a + n == b for (a, n), (b, _) in itertools.pairwise(inside))  # no holes: the format forbids them
         assert sum(n for _, n in inside) <= 8_000
-    assert {i.path.name for i in plan_shards(manifest, torch.float32, Path("out"), 1 << 30).values()} == {
-        "model.safetensors"
-    }
+    whole = plan_shards(manifest, dict.fromkeys(manifest, "F32"), Path("out"), 1 << 30)
+    assert {info.path.name for info in whole.values()} == {"model.safetensors"}
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks

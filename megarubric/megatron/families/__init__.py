@@ -1,7 +1,7 @@
 """Model families: what a Hugging Face config.json means to Megatron, and where its tensors live there.
 
-One file a family. A family is a module with the attributes of `Family`; `family_of` finds it by ``model_type``.
-Adding one is a new file, a line in `_FAMILIES` and a test against transformers.
+One file a family, whose `FAMILY` is a `Family`; `family_of` finds it by ``model_type``. Adding one is a new file, a
+line in `_FAMILIES` and a test against transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from megarubric.errors import BadInput
 
-_FAMILIES = {"qwen3_moe": "megarubric.megatron.families.qwen3_moe"}
+_FAMILIES = {name: f"megarubric.megatron.families.{name}" for name in ("qwen3_moe", "qwen3", "qwen2_moe")}
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,19 @@ class ParamSource:
 
 
 class Family(Protocol):
-    """What a family module provides. `hf` is the parsed config.json, `where` its path for error messages."""
+    """What a family provides. `hf` is the parsed config.json, `where` its path for error messages.
+
+    Parameters have Transformer Engine's names, which are those of distributed checkpoints on any machine.
+    """
 
     def check(self, hf: dict[str, Any], where: str) -> None:
         """Raise BadInput for a config this family cannot build exactly."""
+
+    def num_experts(self, hf: dict[str, Any]) -> int:
+        """Routed experts of an MoE layer; 0 for a dense family."""
+
+    def is_moe_layer(self, hf: dict[str, Any], layer: int) -> bool:
+        """Whether layer `layer`, from 0, has experts."""
 
     def transformer_fields(self, hf: dict[str, Any]) -> dict[str, Any]:
         """Fields of Megatron's TransformerConfig that the architecture decides."""
@@ -57,12 +66,34 @@ class Family(Protocol):
     def manifest(self, hf: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the checkpoint, in file order: all of a layer before the next."""
 
-    def param_source(self, hf: dict[str, Any], layer: int | None, name: str, expert: int | None) -> ParamSource:
-        """Where a parameter comes from.
+    def model_params(self, hf: dict[str, Any]) -> dict[str, ParamSource]:
+        """The parameters outside the layers: embedding, final norm and, unless tied, the head."""
 
-        `name` is Megatron's, below its decoder layer when `layer` (global, from 0) is given, and with ``experts.`` but
-        without the expert's index when `expert` (global) is given. Raises KeyError for a name the family lacks.
-        """
+    def layer_params(self, hf: dict[str, Any], layer: int) -> dict[str, ParamSource]:
+        """The parameters of a layer, without its routed experts, named below ``decoder.layers.N``."""
+
+    def expert_params(self, hf: dict[str, Any], layer: int, expert: int) -> dict[str, ParamSource]:
+        """The parameters of one routed expert: ``experts.linear_fc1.weight`` and ``experts.linear_fc2.weight``."""
+
+
+def param_source(family: Family, hf: dict[str, Any], layer: int | None, name: str, expert: int | None) -> ParamSource:
+    """Where a parameter of a live model comes from, under its local or its Transformer Engine name.
+
+    `name` is Megatron's, below its decoder layer when `layer` (global, from 0) is given, and with ``experts.`` but
+    without the expert's index when `expert` (global) is given. Raises KeyError for a name the family lacks.
+    """
+    if layer is None:
+        if name == "output_layer.weight" and hf.get("tie_word_embeddings", False):  # a last stage's copy
+            name = "embedding.word_embeddings.weight"
+        return family.model_params(hf)[name]
+    if expert is not None:
+        return family.expert_params(hf, layer, expert)[name]
+    params = family.layer_params(hf, layer)
+    # The norm before a linear is a module of its own in the local spec, part of the linear in Transformer Engine's.
+    fused = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
+    if not family.is_moe_layer(hf, layer):
+        fused["pre_mlp_layernorm.weight"] = "mlp.linear_fc1.layer_norm_weight"
+    return params[fused.get(name, name)]
 
 
 def read_config(config: dict[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
@@ -87,6 +118,6 @@ def family_of(hf: dict[str, Any], where: str) -> Family:
     model_type = hf.get("model_type")
     if model_type not in _FAMILIES:
         raise BadInput(where, "model_type", f"{model_type!r} is not supported; known: {', '.join(_FAMILIES)}")
-    family: Family = importlib.import_module(_FAMILIES[model_type])  # type: ignore[assignment]
+    family: Family = importlib.import_module(_FAMILIES[model_type]).FAMILY
     family.check(hf, where)
     return family
