@@ -11,10 +11,7 @@ there with its size and hash. Ranks write and hash in parallel; the directory mu
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import pickle
 import queue
 import random
 import shutil
@@ -27,11 +24,13 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
-import xxhash
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarubric.errors import BadInput
 from megarubric.megatron import cpu
+from megarubric.megatron.manifest import FORMAT, File, Manifest, check, hash_file, model_hash, sync
+from megarubric.megatron.manifest import write as write_manifest
+from megarubric.megatron.torch_dist import read_metadata
 
 cpu.ensure()  # before the megatron imports below
 
@@ -42,25 +41,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa
 if TYPE_CHECKING:
     from megarubric.megatron.trainer import Trainer
 
-FORMAT = 1
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
-
-
-class File(msgspec.Struct, frozen=True):
-    nbytes: int
-    xxh3_128: str
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    """manifest.json. `model` is what of config.json decides shapes: name -> shape hashed."""
-
-    format: int
-    steps: int
-    world_size: int
-    layout: dict[str, int | None]
-    dtype: str
-    model: str
-    files: dict[str, File]
 
 
 def save(trainer: Trainer, path: Path, extra: str) -> int:
@@ -91,7 +72,7 @@ def save(trainer: Trainer, path: Path, extra: str) -> int:
     def finish() -> None:
         (partial / "extra.json").write_text(extra)
         for file in _files(partial):
-            _sync(file)
+            sync(file)
 
     def commit(files: dict[str, File]) -> None:
         manifest = Manifest(
@@ -100,13 +81,12 @@ def save(trainer: Trainer, path: Path, extra: str) -> int:
             trainer.world_size,
             msgspec.structs.asdict(trainer.layout),
             trainer.config.dtype,
-            _model_hash(trainer),
+            model_hash(trainer.manifest),
             files,
         )
-        (partial / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
-        _sync(partial / "manifest.json")
+        write_manifest(partial, manifest)
         partial.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
 
     try:
         with _together(trainer, path):
@@ -139,7 +119,7 @@ def load(trainer: Trainer, path: Path) -> str:
     with _together(trainer, path, "read"):
         manifest = check(path, hashes=False)
         for name, found, wanted in (
-            ("model", manifest.model, _model_hash(trainer)),
+            ("model", manifest.model, model_hash(trainer.manifest)),
             ("dtype", manifest.dtype, trainer.config.dtype),
             ("world_size", manifest.world_size, trainer.world_size),
             ("layout", manifest.layout, msgspec.structs.asdict(trainer.layout)),
@@ -152,7 +132,7 @@ def load(trainer: Trainer, path: Path) -> str:
         for name, file in manifest.files.items():
             if found_files[name] != file:
                 raise BadInput(path, name, "is corrupt: its hash is not the manifest's")
-        _refuse_foreign_objects(path / "weights" / ".metadata")
+        _refuse_foreign_objects(path / "weights")
     with torch.no_grad():  # the optimizer's float32 shards are views of parameters
         loaded = dist_checkpointing.load(_state(trainer, loading=True), str(path / "weights"))
         for number, chunk in enumerate(trainer.model.chunks):
@@ -161,35 +141,6 @@ def load(trainer: Trainer, path: Path) -> str:
     _set_random_state(loaded["random"])
     trainer.steps = manifest.steps
     return (path / "extra.json").read_text()
-
-
-def check(path: Path, *, hashes: bool = True) -> Manifest:
-    """The manifest of a complete checkpoint. Raises BadInput naming the first file that is missing, short or corrupt.
-
-    Not collective, and needs no process group: the controller uses it to choose the checkpoint to resume from.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise BadInput(path, None, "is not a checkpoint directory")
-    try:
-        manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
-    except OSError:
-        raise BadInput(path, "manifest.json", "is missing: the checkpoint is incomplete") from None
-    except msgspec.DecodeError as error:
-        raise BadInput(path, "manifest.json", f"cannot be read: {error}") from None
-    if manifest.format != FORMAT:
-        raise BadInput(path, "manifest.json", f"has format {manifest.format}, this version reads {FORMAT}")
-    for name, file in manifest.files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BadInput(path, name, "lies outside the checkpoint")
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size is None:
-            raise BadInput(path, name, "is missing")
-        if size != file.nbytes:
-            raise BadInput(path, name, f"has {size} bytes, the manifest says {file.nbytes}")
-        if hashes and _hash(path / name) != file.xxh3_128:
-            raise BadInput(path, name, "is corrupt: its hash is not the manifest's")
-    return manifest
 
 
 # ------------------------------------------------------------------------------------------------------------- state
@@ -227,11 +178,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(python_keys), gauss))
 
 
-def _model_hash(trainer: Trainer) -> str:
-    shapes = {name: list(shape) for name, shape in trainer.manifest.items()}
-    return xxhash.xxh3_128(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
-
-
 def _estimate(trainer: Trainer) -> int:
     """Bytes of a checkpoint: the weights, and master, first and second moment in float32."""
     return trainer.n_parameters * (trainer.dtype.itemsize + 12)
@@ -244,49 +190,20 @@ def _files(directory: Path) -> list[Path]:
     return sorted(f for f in directory.rglob("*") if f.is_file() and f.name != "manifest.json")
 
 
-def _hash(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as f:
-        while block := f.read(16 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _hash_files(trainer: Trainer, directory: Path, names: list[str]) -> dict[str, File]:
     """Size and hash of each file, the work divided over the ranks; the whole on every rank."""
     mine = names[trainer.rank :: trainer.world_size]
-    hashed = {name: File((directory / name).stat().st_size, _hash(directory / name)) for name in mine}
+    hashed = {name: File((directory / name).stat().st_size, hash_file(directory / name)) for name in mine}
     parts = _gather_bytes(trainer, msgspec.msgpack.encode(hashed))
     return {n: f for part in parts for n, f in msgspec.msgpack.decode(part, type=dict[str, File]).items()}
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _refuse_foreign_objects(weights: Path) -> None:
+    """dist_checkpointing unpickles `.metadata`; see first that it names nothing but what checkpoint metadata is."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _Names(pickle.Unpickler):
-    """Reads what torch's checkpoint metadata may hold and refuses every other class by name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain = {("collections", "OrderedDict"), ("builtins", "set"), ("torch", "Size"), ("_codecs", "encode")}
-        ours = module.startswith("torch.distributed.checkpoint.") or module == "torch.distributed._shard.sharded_tensor"
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        layout = module == "torch.serialization" and name == "_get_layout"
-        if not (ours or dtype or layout or (module, name) in plain or (module, name[:5]) == ("pathlib", "Posix")):
-            raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-def _refuse_foreign_objects(metadata: Path) -> None:
-    """dist_checkpointing unpickles this file; see first that it constructs nothing but checkpoint metadata."""
-    try:
-        _Names(io.BytesIO(metadata.read_bytes())).load()
-    except Exception as error:
-        raise BadInput(metadata.parent.parent, "weights/.metadata", f"is refused: {error}") from None
+        read_metadata(weights)
+    except BadInput as error:
+        raise BadInput(weights.parent, "weights/.metadata", error.reason) from None
 
 
 # -------------------------------------------------------------------------------------------------------- collectives
