@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from megarubric import __version__
 from megarubric.errors import BadInput, MegarubricError
+from megarubric.recipe.synthesis.options import synthesize_arguments
 
 Group = argparse._SubParsersAction  # argparse has no public name for it
 Handler = Callable[[argparse.Namespace], int]
@@ -43,35 +44,46 @@ def _eval(a: argparse.Namespace) -> int:
 
 
 def _eval_judge(a: argparse.Namespace) -> int:
+    from functools import partial
+
     from megarubric.config import load_train
-    from megarubric.judging.settings import JudgeSettings
-    from megarubric.judging.verb import JudgeUse, run_judge_eval
+    from megarubric.judging.verb import run_judge_eval
     from megarubric.launch.engines import judge_engine
+    from megarubric.launch.judge import judge_use
 
     c = load_train(a.config, a.overrides)
     if a.labelled is None or a.rubrics is None:
         raise BadInput("command line", "--suite judge", "needs --rubrics and --labelled")
-    judge = a.model or c.judge.url or c.judge.model or c.model.path
-    settings = JudgeSettings(template=c.judge.template, min_tier_mass=c.judge.min_tier_mass)
-    use = JudgeUse(judge, "cpu", judge_engine, settings)
-    return run_judge_eval(a.rubrics, a.labelled, Path(a.out), use, as_json=a.json)
+    use = judge_use(c, a.model, partial(judge_engine, dtype=c.model.dtype))
+    return run_judge_eval(
+        a.rubrics,
+        a.labelled,
+        Path(a.out),
+        use,
+        author=a.author,
+        attacks=a.attacks,
+        calibration_out=a.fit_calibration,
+        as_json=a.json,
+    )
 
 
 def _score(a: argparse.Namespace) -> int:
+    from megarubric.judging.opening import JudgeUse, settings_for
     from megarubric.judging.verb import run_score
     from megarubric.launch.engines import judge_engine
 
-    return run_score(
-        a.rubrics,
-        a.responses,
-        a.out,
-        a.judge,
-        a.device,
+    use = JudgeUse(
+        judge=a.judge,
+        device=a.device,
         engine_factory=judge_engine,
+        settings=settings_for(a.judge, a.template, a.mode, a.draws, a.temperature),
         cache=a.cache,
         replay_only=a.replay_only,
-        as_json=a.json,
+        second=a.second_judge,
+        calibration=a.calibration,
+        max_requests=a.max_requests,
     )
+    return run_score(a.rubrics, a.responses, a.out, use, as_json=a.json)
 
 
 def _doctor(a: argparse.Namespace) -> int:
@@ -102,6 +114,13 @@ def _rubrics_import(a: argparse.Namespace) -> int:
     from megarubric.rubrics import commands
 
     return commands.import_(a.paths, a.out, a.format, as_json=a.json)
+
+
+def _rubrics_synthesize(a: argparse.Namespace) -> int:
+    from megarubric.launch.engines import judge_engine
+    from megarubric.recipe.synthesis.verb import job_of, run_synthesize
+
+    return run_synthesize(job_of(a), judge_engine, dry_run=a.dry_run)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,6 +163,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", choices=("heldout", "judge"), default="heldout", help="what is measured")
     p.add_argument("--rubrics", type=Path, metavar="FILE", help="suite judge: rubrics of the labelled answers")
     p.add_argument("--labelled", type=Path, metavar="FILE", help="suite judge: answers with known judgements, JSONL")
+    p.add_argument("--attacks", type=int, default=8, metavar="N", help="suite judge: answers to attack (default 8)")
+    p.add_argument("--author", metavar="NAME", help="suite judge: the judge's own name among the answers' authors")
+    p.add_argument("--fit-calibration", type=Path, metavar="FILE", help="suite judge: write the labels' calibration")
     p.add_argument("--out", metavar="FILE", default="eval.json", help="where the result goes (default eval.json)")
     p.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
 
@@ -153,6 +175,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL, one score a line, same order")
     p.add_argument("--judge", default="none", metavar="none|MODEL_DIR|URL", help="who judges what is not stored")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where scores are aggregated")
+    p.add_argument("--template", metavar="NAME|FILE", help="prompt of the chosen mode (default: what fits the judge)")
+    p.add_argument("--mode", choices=("tier", "reason", "all"), default="tier", help="how criteria are asked")
+    p.add_argument("--draws", type=int, default=1, metavar="N", help="modes reason and all: median of N replies")
+    p.add_argument("--temperature", type=float, metavar="T", help="of the draws (default 0, or 0.7 for several)")
+    p.add_argument("--second-judge", metavar="MODEL_DIR|URL", help="asked where the first is unsure or unread")
+    p.add_argument("--calibration", type=Path, metavar="FILE", help="corrects the judge's scores (eval makes it)")
+    p.add_argument("--max-requests", type=int, default=0, metavar="N", help="budget of a URL; beyond it: unread")
     p.add_argument("--cache", type=Path, metavar="FILE", help="SQLite file of judgements: nothing is judged twice")
     p.add_argument("--replay-only", action="store_true", help="with --cache: ask no judge at all")
     p.add_argument("--json", action="store_true", help="print the counts as JSON")
@@ -178,6 +207,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="FILE", help="JSONL corpus file to write")
     p.add_argument("--format", help="told from the first line of each file when not given")
     p.add_argument("--json", action="store_true")
+    p = verb("synthesize", _rubrics_synthesize, "have models draft rubrics, and keep what holds on answers", corpus)
+    synthesize_arguments(p)
     return top
 
 

@@ -186,7 +186,8 @@ class CachedBackend:
     """A `TierBackend` that asks `backend` only what `cache` does not hold; errors are not kept.
 
     Without a backend (None) nothing is asked and what is missing is an error: replay. `identity` is then needed, to
-    know whose replies to read. Replies are stored call by call, each as large as the backend's `grain`.
+    know whose replies to read (`replayed` finds it). Replies are stored call by call, each as large as the backend's
+    `grain`.
     """
 
     def __init__(self, backend: TierBackend | None, cache: JudgeCache, *, identity: str | None = None) -> None:

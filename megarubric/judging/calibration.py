@@ -44,11 +44,13 @@ class Map(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The maps of one judge by ``rubric id/criterion id``; `POOLED` holds for criteria without one of their own."""
+    """The maps of one judge by ``rubric id/criterion id``; `POOLED` holds for criteria without one of their own.
+    `asked` names the templates and modes it was fitted with (`Judge.asked`), empty where that is not known."""
 
     judge: str
     maps: dict[str, Map]
     version: int = 1
+    asked: str = ""
 
     def score(self, rubric: str, criterion: str, score: float) -> float:
         """The calibrated normalised score; unchanged when there is no map for it."""
@@ -60,8 +62,9 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             f.write(msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2).decode() + "\n")
 
     @classmethod
-    def load(cls, path: Path, judge: str | None = None) -> Calibration:
-        """Read and check; raises BadInput when the file is unusable or was fitted for another judge than `judge`."""
+    def load(cls, path: Path, judge: str | None = None, asked: str = "") -> Calibration:
+        """Read and check; raises BadInput when the file is unusable, or was fitted for another judge than `judge` or
+        with another way of asking than `asked` (where both are known)."""
         try:
             loaded = msgspec.json.decode(path.read_bytes(), type=cls)
         except (OSError, msgspec.DecodeError) as error:
@@ -70,6 +73,8 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise BadInput(path, "version", f"is {loaded.version}, this program reads 1")
         if judge is not None and loaded.judge != judge:
             raise BadInput(path, "judge", f"was fitted for {loaded.judge}, the judge is {judge}")
+        if asked and loaded.asked and loaded.asked != asked:
+            raise BadInput(path, "asked", "was fitted with other templates, modes or draws than the judge has")
         return loaded
 
 
@@ -82,7 +87,7 @@ class Labelled(msgspec.Struct, frozen=True):
     label: float
 
 
-def fit(judge: str, items: Sequence[Labelled], *, min_labels: int = 20) -> Calibration:
+def fit(judge: str, items: Sequence[Labelled], *, min_labels: int = 20, asked: str = "") -> Calibration:
     """Maps for every criterion with at least `min_labels` labelled judgements, and a pooled one over all of them.
 
     Raises BadInput on a score or label outside [0, 1] or fewer than `min_labels` items in all.
@@ -95,7 +100,8 @@ def fit(judge: str, items: Sequence[Labelled], *, min_labels: int = 20) -> Calib
     groups: dict[str, list[Labelled]] = {POOLED: list(items)}
     for item in items:
         groups.setdefault(f"{item.rubric}/{item.criterion}", []).append(item)
-    return Calibration(judge, {key: _fit_map(rows) for key, rows in sorted(groups.items()) if len(rows) >= min_labels})
+    maps = {key: _fit_map(rows) for key, rows in sorted(groups.items()) if len(rows) >= min_labels}
+    return Calibration(judge, maps, asked=asked)
 
 
 def _fit_map(items: Sequence[Labelled]) -> Map:

@@ -31,6 +31,7 @@ from megarubric.judging.types import (
     TextReply,
     TierBackend,
     TierReply,
+    content_hash,
 )
 from megarubric.reward.tiers import tier_expectation
 from megarubric.rubrics import Criterion, Rubric
@@ -87,6 +88,14 @@ class Judge:
         for b in (backend, second):
             if b is not None and self.settings.writes and not isinstance(b, TextBackend):
                 raise BadInput("judge", b.identity, f"cannot write text, which mode {min(self.settings.writes)} needs")
+
+    @property
+    def asked(self) -> str:
+        """Digest of how the first judge is asked: templates, modes, draws, sampling. A calibration holds for one."""
+        s = self.settings
+        templates = [self.templates[mode].hash for mode in sorted({s.mode, *s.modes.values()})]
+        modes = [f"{glob} {mode}" for glob, mode in s.modes.items()]
+        return content_hash(*templates, s.mode, *modes, str(s.draws), repr(s.temperature), str(s.max_tokens))[:16]
 
     async def judge(
         self, items: Sequence[JudgeItem], *, draw: int = 0, highest_first: bool = False
@@ -166,9 +175,7 @@ class Judge:
 
     async def _by_reason(self, backend: TierBackend, due: Sequence[Due], way: Way) -> list[tuple[Due, Judgement]]:
         s, template = self.settings, self.templates["reason"]
-        draws = [
-            [reason_query(template, d, w, s.max_tokens, s.temperature) for w in way.draws(s.draws)] for d in due
-        ]
+        draws = [[reason_query(template, d, w, s.max_tokens, s.temperature) for w in way.draws(s.draws)] for d in due]
         replies = await self._ask_text(backend, draws)
         return [(d, _drawn(d.criterion, read_reasoned(d.criterion, r, way))) for d, r in zip(due, replies)]
 

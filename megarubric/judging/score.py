@@ -13,19 +13,19 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import msgspec
 
 from megarubric.errors import BadInput
 from megarubric.judging.judge import Judge, check_stored
+from megarubric.judging.opening import Device
 from megarubric.judging.types import JudgeItem, Judgement
 from megarubric.observe.files import whole_file
 from megarubric.reward.batch import score_samples
 from megarubric.reward.reference import RewardResult
 from megarubric.rubrics import Corpus, Rubric, load_rubrics, parse_rubric
 
-Device = Literal["cpu", "cuda"]
 MAX_LINE_BYTES = 32 << 20
 CHUNK_LINES = 256
 CHUNK_BYTES = 4 << 20

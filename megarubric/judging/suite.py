@@ -102,12 +102,7 @@ async def run_judge_suite(
     began = time.perf_counter()
     judged = await judge.judge([a.item for a in answers])
     seconds = time.perf_counter() - began
-    rows = [
-        _Row(i, c, judged[i][c.id].score, _normal(c, a.labels[c.id]))
-        for i, a in enumerate(answers)
-        for c in a.item.rubric.criteria
-        if c.id in a.labels and c.check is None
-    ]
+    rows = _rows(answers, judged)
     scores = np.array([np.nan if r.score is None else r.score for r in rows])
     labels = np.array([r.label for r in rows])
     read = ~np.isnan(scores)
@@ -131,6 +126,17 @@ async def run_judge_suite(
     )
 
 
+async def fit_calibration(judge: Judge, answers: Sequence[LabelledAnswer]) -> Calibration:
+    """The calibration of `judge` (which has none yet) by all labelled answers. Raises BadInput with too few labels."""
+    judged = await judge.judge([a.item for a in answers])
+    known = [
+        Labelled(answers[r.answer].item.rubric.id, r.criterion.id, r.score, r.label)
+        for r in _rows(answers, judged)
+        if r.score is not None
+    ]
+    return fit("none" if judge.backend is None else judge.backend.identity, known, asked=judge.asked)
+
+
 class _Row(msgspec.Struct, frozen=True):
     """One labelled judgement: answer, criterion, normalised score (None: unread) and label."""
 
@@ -138,6 +144,15 @@ class _Row(msgspec.Struct, frozen=True):
     criterion: Criterion
     score: float | None
     label: float
+
+
+def _rows(answers: Sequence[LabelledAnswer], judged: Sequence[dict[str, Judgement]]) -> list[_Row]:
+    return [
+        _Row(i, c, judged[i][c.id].score, _normal(c, a.labels[c.id]))
+        for i, a in enumerate(answers)
+        for c in a.item.rubric.criteria
+        if c.id in a.labels and c.check is None
+    ]
 
 
 def _normal(criterion: Criterion, value: float) -> float:

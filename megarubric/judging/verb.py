@@ -1,66 +1,42 @@
-"""What the command line calls: scoring a file, examining a judge; which judge, what is said, which exit status."""
+"""What the command line calls: scoring a file, examining a judge; what is said, which exit status."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megarubric.errors import BadInput
-from megarubric.judging.backends import backend_for_engine, backend_for_url
-from megarubric.judging.backends.engine import TierEngine
-from megarubric.judging.cache import CachedBackend, JudgeCache
-from megarubric.judging.judge import Judge
-from megarubric.judging.score import Device, ScoreSummary, score_file
-from megarubric.judging.settings import JudgeSettings
-from megarubric.judging.suite import JudgeReport, load_labelled, run_judge_suite
-from megarubric.judging.types import TierBackend
+from megarubric.errors import BadInput, Interrupted
+from megarubric.judging.opening import JudgeUse, open_judge
+from megarubric.judging.score import ScoreSummary, score_file
+from megarubric.judging.suite import JudgeReport, fit_calibration, load_labelled, run_judge_suite
 from megarubric.observe.files import whole_file
 
-EngineFactory = Callable[[Path, Device], AbstractAsyncContextManager[TierEngine]]
-_SMALL_CONTEXT = 2048  # a model that reads fewer tokens gets the compact template
 
-
-def run_score(
-    rubrics: Path,
-    responses: Path,
-    out: Path,
-    judge: str = "none",
-    device: Device = "cpu",
-    *,
-    engine_factory: EngineFactory | None = None,
-    settings: JudgeSettings | None = None,
-    cache: Path | None = None,
-    replay_only: bool = False,
-    as_json: bool = False,
-) -> int:
+def run_score(rubrics: Path, responses: Path, out: Path, use: JudgeUse, *, as_json: bool = False) -> int:
     """Score a file and say how it went on standard error (`as_json`: the counts as JSON on standard output). Returns
     the exit status: 0, or 1 when some lines were bad.
 
-    `judge` is ``none``, a model directory (an engine is started by `engine_factory` and ended again) or a URL, with the
-    model's name after ``#`` where the server has several. `cache` keeps the judgements; with `replay_only` they are all
-    there is. Raises BadInput for what makes the whole job impossible.
+    Raises BadInput for what makes the whole job impossible, Interrupted after SIGTERM or Ctrl-C; then there is no
+    output, and what was judged is in the cache, where there is one.
     """
     for path, what in ((rubrics, "rubric file"), (responses, "responses file")):
         if not path.exists():
             raise BadInput(path, None, f"no such {what}")
     if responses.is_dir() or out.is_dir():
         raise BadInput(responses if responses.is_dir() else out, None, "is a directory")
-    if replay_only and cache is None:
-        raise BadInput("command line", "--replay-only", "needs --cache")
-    if device == "cuda":
+    if use.device == "cuda":
         _need_cuda()
-    use = JudgeUse(judge, device, engine_factory, settings, cache, replay_only)
-    summary = asyncio.run(_score(rubrics, responses, out, use))
+    summary = _until_told(_score(rubrics, responses, out, use), use)
     if as_json:
         print(msgspec.json.encode(summary).decode())
     else:
@@ -76,17 +52,24 @@ def run_judge_eval(
     *,
     author: str | None = None,
     attacks: int = 8,
+    calibration_out: Path | None = None,
     as_json: bool = False,
 ) -> int:
     """Examine a judge on labelled answers (`suite.run_judge_suite`), write the report to `out` as JSON and print it as
-    tables, or as JSON too. Returns the exit status."""
+    tables, or as JSON too. `calibration_out` gets the calibration that the labels amount to. Returns the exit status.
+    """
     answers = load_labelled(rubrics, labelled)
+    if calibration_out is not None and (use.calibration is not None or use.second is not None):
+        raise BadInput("command line", "--fit-calibration", "fits one judge as it is: no calibration, no second judge")
 
     async def examine() -> JudgeReport:
         async with open_judge(use) as judge:
-            return await run_judge_suite(judge, answers, author=author, attacks=attacks)
+            report = await run_judge_suite(judge, answers, author=author, attacks=attacks)
+            if calibration_out is not None:
+                (await fit_calibration(judge, answers)).save(calibration_out)
+            return report
 
-    report = asyncio.run(examine())
+    report = _until_told(examine(), use)
     plain = msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
     with whole_file(out) as f:
         f.write(plain + "\n")
@@ -97,46 +80,23 @@ def run_judge_eval(
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class JudgeUse:
-    """Which judge, and how: see `run_score`."""
+def _until_told[T](work: Coroutine[Any, Any, T], use: JudgeUse) -> T:
+    """Run `work`; SIGTERM and Ctrl-C cancel it, so that it cleans up behind itself, and raise Interrupted."""
 
-    judge: str = "none"
-    device: Device = "cpu"
-    engine_factory: EngineFactory | None = None
-    settings: JudgeSettings | None = None
-    cache: Path | None = None
-    replay_only: bool = False
+    async def watched() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        with contextlib.suppress(RuntimeError, ValueError):  # not the main thread: whoever owns it decides
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work
 
-
-@contextlib.asynccontextmanager
-async def open_judge(use: JudgeUse) -> AsyncIterator[Judge]:
-    """The judge, running; on exit it ends, and what is worth saying about it is said on standard error."""
-    async with contextlib.AsyncExitStack() as stack:
-        cache = None
+    try:
+        return asyncio.run(watched())
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        kept = "--cache FILE would have kept what was judged"
         if use.cache is not None:
-            cache = JudgeCache(use.cache)
-            stack.callback(cache.close)
-        backend: TierBackend | None
-        if use.replay_only:
-            assert cache is not None
-            backend = _replayed(cache)
-            chosen = use.settings or JudgeSettings(template=template_for(use.judge))
-        else:
-            backend, chosen = await stack.enter_async_context(
-                _backend(use.judge, use.device, use.engine_factory, use.settings)
-            )
-            if cache is not None and backend is not None:
-                backend = CachedBackend(backend, cache)
-        judge = Judge(backend, chosen)
-        yield judge
-        if judge.stats.failures:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in judge.stats.failures.most_common(5))
-            print(f"unread judgements: {reasons}", file=sys.stderr)
-        if cache is not None:
-            s = cache.stats()
-            size = f"{s.entries} judgements, {s.bytes / 1e6:.1f} MB"
-            print(f"cache {use.cache}: {size}, hit rate {s.hit_rate:.0%}", file=sys.stderr)
+            kept = f"what was judged is in {use.cache}; the same command goes on from there"
+        raise Interrupted(f"interrupted, no output written; {kept}") from None
 
 
 async def _score(rubrics: Path, responses: Path, out: Path, use: JudgeUse) -> ScoreSummary:
@@ -190,58 +150,6 @@ def show_report(report: JudgeReport) -> None:
         shares = [f"{x:.0%}" for x in (r.fooled, r.unread, r.caught)]
         table.add_row(r.attack, _shown(r.gain, "+.2f"), _shown(r.worst, "+.2f"), *shares)
     console.print(table)
-
-
-def is_url(judge: str) -> bool:
-    return judge.startswith(("http://", "https://"))
-
-
-def template_for(judge: str) -> str:
-    """The compact template for a model directory with a short context, else the full one."""
-    config = Path(judge) / "config.json"
-    if judge == "none" or is_url(judge) or not config.is_file():
-        return "tier"
-    try:
-        read = msgspec.json.decode(config.read_bytes())
-    except msgspec.DecodeError as error:
-        raise BadInput(config, None, f"is not JSON: {error}") from error
-    context = read.get("max_position_embeddings") if isinstance(read, dict) else None
-    return "tier_compact" if isinstance(context, int) and context < _SMALL_CONTEXT else "tier"
-
-
-@contextlib.asynccontextmanager
-async def _backend(
-    judge: str, device: Device, engine_factory: EngineFactory | None, settings: JudgeSettings | None
-) -> AsyncIterator[tuple[TierBackend | None, JudgeSettings]]:
-    if judge == "none":
-        yield None, settings or JudgeSettings()
-        return
-    if is_url(judge):
-        url, _, model = judge.partition("#")
-        remote = backend_for_url(url, model or None)
-        try:
-            yield remote, settings or JudgeSettings()
-        finally:
-            await remote.aclose()
-        return
-    directory = Path(judge)
-    if not (directory / "config.json").is_file():
-        raise BadInput(
-            "command line", f"--judge {judge}", "is neither none, a URL nor a model directory with config.json"
-        )
-    if engine_factory is None:
-        raise BadInput("command line", f"--judge {judge}", "no engine can be started here")
-    chosen = settings or JudgeSettings(template=template_for(judge))
-    async with engine_factory(directory, device) as engine:
-        yield backend_for_engine(engine, directory), chosen
-
-
-def _replayed(cache: JudgeCache) -> CachedBackend:
-    judges = cache.judges()
-    if len(judges) != 1:
-        held = "no judgements" if not judges else "judgements of several judges: " + ", ".join(judges)
-        raise BadInput(cache.path, None, f"holds {held}; a replay needs those of one")
-    return CachedBackend(None, cache, identity=judges[0])
 
 
 def _need_cuda() -> None:

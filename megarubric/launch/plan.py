@@ -22,13 +22,13 @@ from megarubric.rollout.messages import EngineConfig
 MODULES = {"trainer": "megarubric.megatron.worker", "engine": "megarubric.rollout.engine"}
 
 
-def read_hf_config(model_dir: str) -> dict[str, Any]:
-    """config.json of a Hugging Face directory. Raises BadInput naming the file."""
+def read_hf_config(model_dir: str, key: str = "model.path") -> dict[str, Any]:
+    """config.json of a Hugging Face directory. Raises BadInput naming the file and the `key` that named it."""
     path = Path(model_dir) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(path, None, "no such file: model.path is not a Hugging Face directory") from None
+        raise BadInput(path, None, f"no such file: {key} is not a Hugging Face directory") from None
     except (OSError, ValueError) as error:
         raise BadInput(path, None, f"cannot be read: {error}") from None
     if not isinstance(config, dict) or "hidden_size" not in config:
@@ -101,8 +101,8 @@ def sft_worker_config(c: SftConfig) -> WorkerConfig:
     )
 
 
-def engine_config(c: TrainConfig, role: Literal["policy", "judge"]) -> EngineConfig:
-    """Settings of a policy or judge engine."""
+def engine_config(c: TrainConfig, role: Literal["policy", "judge"], judge_model: str | None = None) -> EngineConfig:
+    """Settings of a policy or judge engine; `judge_model` None is the first judge's directory."""
     r, j = c.rollout, c.judge
     threads = os.cpu_count() or 1
     if role == "policy":
@@ -114,6 +114,7 @@ def engine_config(c: TrainConfig, role: Literal["policy", "judge"]) -> EngineCon
             if j.kind != "policy"
             else max(j.max_model_len, c.data.max_prompt_tokens + r.max_new_tokens),
             max_num_seqs=r.max_num_seqs,
+            capture_routing=c.algorithm.routing_replay,
             tensor_parallel=r.tensor_parallel,
             gpu_memory_utilization=r.gpu_memory_utilization,
             kv_cache_gib=r.cpu_kv_gib,
@@ -121,7 +122,7 @@ def engine_config(c: TrainConfig, role: Literal["policy", "judge"]) -> EngineCon
             seed=c.seed,
         )
     return EngineConfig(
-        model_dir=j.model or c.model.path,
+        model_dir=judge_model or j.model or c.model.path,
         role="judge",
         dtype=c.model.dtype,
         max_model_len=j.max_model_len,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,6 +15,7 @@ from megarubric.errors import BadInput, MegarubricError, ProcessDied
 from megarubric.evaluate.heldout import evaluate
 from megarubric.evaluate.summary import Summary
 from megarubric.launch import dry_run, plan
+from megarubric.launch.judge import check_judge, engines_of
 from megarubric.launch.rundir import RunDir, RunState, claim
 from megarubric.launch.signals import StopFlag
 from megarubric.launch.system import System, running
@@ -26,6 +27,7 @@ from megarubric.recipe.records import read_rollouts
 from megarubric.reward.advantages import CriterionMeans
 from megarubric.rollout.data import ChatTokenizer, Prompt, PromptOrder, read_prompts, tokenize_prompts
 from megarubric.rollout.sampler import Sampler, SamplingSettings
+from megarubric.rubrics import Rubric
 
 
 class Prompts:
@@ -36,6 +38,10 @@ class Prompts:
         self.train = self._load(c, c.data.train)
         held = self._load(c, c.data.heldout) if c.data.heldout else []
         self.heldout = held[: c.evaluate.limit] if c.evaluate.limit is not None else held
+
+    def rubrics(self) -> Iterator[Rubric]:
+        """The rubrics of all prompts."""
+        return (prompt.rubric for prompt in (*self.train, *self.heldout))
 
     def _load(self, c: TrainConfig, path: str) -> list[Prompt]:
         rows = read_prompts(Path(path), [Path(p) for p in c.data.rubrics])
@@ -168,14 +174,14 @@ def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool
         reason = "weights are exchanged through one host's shared memory, so a run has one node for now"
         raise BadInput("Slurm", f"{nodes} nodes", reason)
     if dry_run:
-        return _dry_run(c, hf)
+        return _dry_run(c, hf, path)
     with claim(c.runs_dir, c.name, fresh) as dir:
-        return asyncio.run(_run_train(c, dir))
+        return asyncio.run(_run_train(c, dir, path))
 
 
-def _dry_run(c: TrainConfig, hf: dict[str, object]) -> int:
+def _dry_run(c: TrainConfig, hf: dict[str, object], where: str) -> int:
     run_dir = Path(c.runs_dir) / c.name
-    Prompts(c)
+    check_judge(c, where, Prompts(c).rubrics())
     commands = [
         (f"trainer-{rank}", plan.command("trainer", run_dir / "logs/trainer.json", "ipc://trainer"))
         for rank in range(c.parallel.ranks)
@@ -185,16 +191,18 @@ def _dry_run(c: TrainConfig, hf: dict[str, object]) -> int:
             (f"policy-{i}", plan.command("engine", run_dir / f"logs/policy-{i}.json", f"ipc://policy-{i}"))
             for i in range(c.rollout.engines)
         ]
-        if c.judge.kind == "frozen":
-            commands.append(("judge", plan.command("engine", run_dir / "logs/judge.json", "ipc://judge")))
+    commands += [
+        (name, plan.command("engine", run_dir / f"logs/{name}.json", f"ipc://{name}")) for name in engines_of(c)
+    ]
     print(dry_run.describe(c, hf, commands))
     return 0
 
 
-async def _run_train(c: TrainConfig, dir: RunDir) -> int:
+async def _run_train(c: TrainConfig, dir: RunDir, where: str) -> int:
     from megarubric.train import train
 
     prompts = Prompts(c)
+    check_judge(c, where, prompts.rubrics())
     dir.write_config(dump(c))
     steps = dir.checkpoint_steps()
     if steps and steps[0] >= c.train.steps:
@@ -248,6 +256,7 @@ def run_eval(path: str, overrides: Sequence[str], *, model: str, out: str, as_js
         raise BadInput(path, "data.heldout", "names no file: there is nothing to evaluate on")
     plan.read_hf_config(model)
     prompts = Prompts(c)
+    check_judge(c, path, prompts.rubrics())
 
     async def work() -> Summary:
         async with running(c, Path(c.runs_dir) / f"{c.name}-eval", None) as system:

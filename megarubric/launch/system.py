@@ -15,10 +15,9 @@ from megarubric.errors import MegarubricError, ProcessDied
 from megarubric.exchange.buckets import sweep
 from megarubric.exchange.rpc import ipc_endpoint
 from megarubric.exchange.update import exchange
-from megarubric.judging.backends import backend_for_engine, backend_for_url
 from megarubric.judging.judge import Judge
-from megarubric.judging.settings import JudgeSettings
 from megarubric.launch import plan
+from megarubric.launch.judge import make_judge
 from megarubric.launch.supervisor import Child, Supervisor, free_port
 from megarubric.megatron.client import TrainerClient
 from megarubric.megatron.messages import WorkerConfig
@@ -38,9 +37,11 @@ class System:
         self.supervisor, self.sockets = supervisor, sockets
         self.trainer: TrainerClient | None = None
         self.policies: list[EngineClient] = []
-        self.judge_engine: EngineClient | None = None
+        self.judge_engines: list[EngineClient] = []
         self.judge: Judge | None = None
         self.weight_version = 0
+        self.weights = ""  # names the policy's weights in service: the checksum of the last exchange
+        self.at_end = contextlib.AsyncExitStack()  # what the judge holds open: cache, connections
         self.shm_prefix = ""
         self.shares_devices = False  # engines and trainer on the same GPUs: they take turns (`training`)
 
@@ -69,7 +70,7 @@ class System:
 
     async def ready(self) -> None:
         """Wait until every part has loaded its model. Raises ProcessDied with the part's last words otherwise."""
-        engines = [*self.policies, *([self.judge_engine] if self.judge_engine else [])]
+        engines = [*self.policies, *self.judge_engines]
         waits = [engine.ready() for engine in engines]
         if self.trainer is not None:
             waits.append(self.trainer.describe())
@@ -80,8 +81,7 @@ class System:
         """The devices go to the trainer: the policy drops its weights (they come back by exchange), the frozen judge
         keeps its in host memory. On a CPU there is nothing to hand over."""
         if self.shares_devices:
-            judge = [self.judge_engine.sleep(1)] if self.judge_engine else []
-            await asyncio.gather(*(p.sleep(2) for p in self.policies), *judge)
+            await asyncio.gather(*(p.sleep(2) for p in self.policies), *(j.sleep(1) for j in self.judge_engines))
             assert self.trainer is not None
             await self.trainer.onload()
 
@@ -95,10 +95,12 @@ class System:
         if self.shares_devices:
             await asyncio.gather(*(p.wake(("weights",)) for p in self.policies))
         report = await exchange(self.trainer, self.policies, version, verify)
+        self.weights = report.checksum
         if self.shares_devices:
             await self.trainer.offload()
-            judge = [self.judge_engine.wake()] if self.judge_engine else []
-            await asyncio.gather(*(p.wake(("kv_cache",)) for p in self.policies), *judge)
+            await asyncio.gather(
+                *(p.wake(("kv_cache",)) for p in self.policies), *(j.wake() for j in self.judge_engines)
+            )
         return report.nbytes
 
     async def cause(self, error: ProcessDied) -> str:
@@ -111,7 +113,9 @@ class System:
         return first_ended(self.supervisor.children) or str(error)
 
     async def close(self) -> None:
-        clients = [*self.policies, self.judge_engine, self.trainer]
+        with contextlib.suppress(Exception):
+            await self.at_end.aclose()
+        clients = [*self.policies, *self.judge_engines, self.trainer]
         for client in clients:
             if client is not None:
                 with contextlib.suppress(Exception):
@@ -144,7 +148,7 @@ async def running(config: TrainConfig, run_dir: Path, worker: WorkerConfig | Non
         if config.rollout.replay is None:
             policy = plan.engine_config(config, "policy")
             system.policies = [system.start_engine(f"policy-{i}", policy) for i in range(config.rollout.engines)]
-        system.judge = make_judge(config, system)
+        system.judge = await make_judge(config, system)
         try:
             await system.ready()
         except ProcessDied as error:  # nothing has been done yet, so there is no state to speak of
@@ -152,27 +156,3 @@ async def running(config: TrainConfig, run_dir: Path, worker: WorkerConfig | Non
         yield system
     finally:
         await system.close()
-
-
-def make_judge(config: TrainConfig, system: System) -> Judge:
-    """The run's judge; starts its engine when it needs one of its own."""
-    j = config.judge
-    settings = JudgeSettings(template=j.template, min_tier_mass=j.min_tier_mass, timeout_s=j.timeout_s)
-    if j.kind == "none" or config.rollout.replay is not None:
-        return Judge(None, settings)
-    if j.kind == "url":
-        assert j.url is not None
-        return Judge(backend_for_url(j.url, j.url_model, j.concurrency), settings)
-    if j.kind == "policy":
-        engine = plan.engine_config(config, "policy")
-        backend = backend_for_engine(
-            system.policies[0],
-            engine.model_dir,
-            identity=lambda: f"policy:{config.name}@{system.weight_version}",
-            max_prompt_tokens=engine.max_model_len - 1,
-        )
-        return Judge(backend, settings)
-    engine = plan.engine_config(config, "judge")
-    system.judge_engine = system.start_engine("judge", engine)
-    limit = engine.max_model_len - 1
-    return Judge(backend_for_engine(system.judge_engine, engine.model_dir, max_prompt_tokens=limit), settings)

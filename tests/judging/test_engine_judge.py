@@ -24,6 +24,7 @@ from megarubric.errors import ProcessDied
 from megarubric.judging.backends import backend_for_engine, load_tokenizer
 from megarubric.judging.judge import Judge
 from megarubric.judging.modes import Due, Way, tier_query
+from megarubric.judging.opening import JudgeUse
 from megarubric.judging.prompt import PromptEncoder, load_template
 from megarubric.judging.settings import JudgeSettings
 from megarubric.judging.types import JudgeItem
@@ -166,12 +167,13 @@ def test_score_judges_with_a_model_directory(served: Served, tmp_path: Path) -> 
     settings = JudgeSettings(template="tier_compact", min_tier_mass=0.0)
     arguments: Any = (tmp_path / "rubrics.json", tmp_path / "in.jsonl", out)
     cache = tmp_path / "judge.db"
-    assert run_score(*arguments, str(served.model), engine_factory=connect, settings=settings, cache=cache) == 0
+    use = JudgeUse(str(served.model), engine_factory=connect, settings=settings, cache=cache)
+    assert run_score(*arguments, use) == 0
     first = out.read_bytes()
     row = json.loads(first)
     direct = served.run(judge_with(served).judge([JudgeItem(RUBRIC, "Write.", LONG)]))[0]
     assert row["scores"]["calm"] == direct["calm"].score and row["scores"]["brief"] == 1.0 and row["unread"] == []
-    assert run_score(*arguments, settings=settings, cache=cache, replay_only=True) == 0
+    assert run_score(*arguments, JudgeUse(settings=settings, cache=cache, replay_only=True)) == 0
     assert out.read_bytes() == first  # no judge at all, the same bytes
 
 

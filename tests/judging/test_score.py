@@ -14,6 +14,7 @@ from http_judge import Reply, chat_reply, http_judge
 from megarubric.errors import BadInput
 from megarubric.judging import score as score_module
 from megarubric.judging.judge import Judge
+from megarubric.judging.opening import JudgeUse
 from megarubric.judging.score import score_file
 from megarubric.judging.types import TierQuery, TierReply
 from megarubric.judging.verb import run_score
@@ -48,7 +49,8 @@ def score(
     rubrics, responses, out = files
     raw = [x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode() for x in lines]
     responses.write_bytes(b"\n".join(raw) + b"\n")
-    status = run_score(rubrics, responses, out, **kwargs)
+    as_json = kwargs.pop("as_json", False)
+    status = run_score(rubrics, responses, out, JudgeUse(**kwargs), as_json=as_json)
     return status, [json.loads(text) for text in out.read_text().splitlines()]
 
 
@@ -265,9 +267,10 @@ def test_what_makes_the_whole_job_impossible_is_one_line(
     rubrics, responses, out = files
     responses.write_text(json.dumps(line()) + "\n")
     arguments: dict[str, Any] = {"rubrics": rubrics, "responses": responses, "out": out}
-    arguments |= {k: rubrics.parent / v if k in arguments else v for k, v in change.items()}
+    use = JudgeUse(**{k: v for k, v in change.items() if k not in arguments})
+    arguments |= {k: rubrics.parent / v for k, v in change.items() if k in arguments}
     with pytest.raises(BadInput, match=reason) as caught:
-        run_score(**arguments)
+        run_score(**arguments, use=use)
     assert "\n" not in str(caught.value)
 
 
@@ -285,7 +288,8 @@ def test_a_url_judge_fills_in_what_is_not_stored_and_its_replay_is_the_same_to_t
     @contextlib.asynccontextmanager
     async def run(cache: Path) -> AsyncIterator[int]:
         async with http_judge(handler) as server:
-            status = await asyncio.to_thread(run_score, rubrics, responses, out, f"{server.url}#m", cache=cache)
+            use = JudgeUse(f"{server.url}#m", cache=cache)
+            status = await asyncio.to_thread(run_score, rubrics, responses, out, use)
             assert status == 0
             yield len(server.requests)
 
@@ -298,5 +302,6 @@ def test_a_url_judge_fills_in_what_is_not_stored_and_its_replay_is_the_same_to_t
     rows = [json.loads(x) for x in first.splitlines()]
     assert rows[0]["scores"]["calm"] == pytest.approx((0.6 + 2 * 0.05) / 0.95 / 2)
     assert rows[3]["unread"] == ["calm", "clean"] and rows[3]["reward"] is None
-    assert run_score(rubrics, responses, out, "none", cache=tmp_path / "judge.db", replay_only=True) == 0
+    replay = JudgeUse(cache=tmp_path / "judge.db", replay_only=True)
+    assert run_score(rubrics, responses, out, replay) == 0
     assert out.read_bytes() == first

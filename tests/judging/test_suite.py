@@ -13,11 +13,12 @@ from http_judge import HttpJudge, Reply, chat_reply, http_judge
 
 from megarubric.errors import BadInput
 from megarubric.judging.judge import Judge
+from megarubric.judging.opening import JudgeUse
 from megarubric.judging.prompt import plain_text
 from megarubric.judging.settings import JudgeSettings
 from megarubric.judging.suite import JudgeReport, LabelledAnswer, load_labelled, run_judge_suite
 from megarubric.judging.types import JudgeItem, TierQuery, TierReply
-from megarubric.judging.verb import JudgeUse, run_judge_eval
+from megarubric.judging.verb import run_judge_eval
 from megarubric.rubrics import parse_rubric
 
 RUBRIC = {

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from megarubric.errors import BadInput
 from megarubric.judging.backends.engine import EngineBackend, TierEngine
 from megarubric.judging.backends.openai import OpenAIBackend, OpenAISettings, first_model
 
+Dtype = Literal["float32", "bfloat16"]
 _WHOLE_FILE = 256 << 20  # larger weight files are sampled
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
 
@@ -21,20 +24,76 @@ def backend_for_engine(
     *,
     identity: str | Callable[[], str] | None = None,
     max_prompt_tokens: int | None = None,
+    dtype: Dtype | None = None,
 ) -> EngineBackend:
-    """A judge on a running engine that serves `model_dir`.
+    """A judge on a running engine that serves `model_dir` in `dtype` (None: `serving_dtype`).
 
     `identity` is needed for an engine whose weights change (the policy as its own judge): a callable that names the
-    version it serves. Raises BadInput when the directory has no usable tokenizer.
+    weights it serves. Raises BadInput when the directory has no usable tokenizer.
     """
     directory = Path(model_dir)
-    name = identity if identity is not None else f"model:{directory.name}@{fingerprint(directory)[:16]}"
+    name = identity if identity is not None else model_identity(directory, dtype or serving_dtype(directory))
     return EngineBackend(engine, load_tokenizer(directory), name, max_prompt_tokens)
 
 
-def backend_for_url(url: str, model: str | None = None, concurrency: int = 16) -> OpenAIBackend:
-    """A judge behind an OpenAI-compatible `url`; without `model` the server's first one is taken. Raises BadInput."""
-    return OpenAIBackend(OpenAISettings(url=url, model=model or first_model(url), concurrency=concurrency))
+def model_identity(directory: Path, dtype: str) -> str:
+    """What names a model directory in caches and calibrations: its own name, what is in it, and the precision it is
+    served in, for rounding decides close calls. An empty `dtype` gives what the identities of all precisions begin
+    with."""
+    return f"model:{directory.resolve().name}@{fingerprint(directory)[:16]}:{dtype}"
+
+
+def serving_dtype(directory: Path) -> Dtype:
+    """The precision a judge is served in when nobody says otherwise: small models in float32, which a CPU is good at.
+
+    Raises BadInput when the directory has no usable config.json.
+    """
+    return "float32" if _model_config(directory).get("hidden_size", 0) < 1024 else "bfloat16"
+
+
+def context_length(directory: Path) -> int | None:
+    """The tokens a model reads, None when it does not say. Raises BadInput as above."""
+    length = _model_config(directory).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
+def _model_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        config = msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise BadInput(path, None, error.strerror or str(error)) from error
+    except msgspec.DecodeError as error:
+        raise BadInput(path, None, f"is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BadInput(path, None, "is not a model configuration")
+    return config
+
+
+def backend_for_url(
+    url: str,
+    model: str | None = None,
+    concurrency: int = 16,
+    *,
+    timeout_s: float = 120.0,
+    max_requests: int = 0,
+    max_total_tokens: int = 0,
+) -> OpenAIBackend:
+    """A judge behind an OpenAI-compatible `url`; without `model` the server's first one is taken. Raises BadInput.
+
+    `timeout_s` is what the caller gives one question, retries and all; the budget is that of `OpenAISettings`.
+    """
+    return OpenAIBackend(
+        OpenAISettings(
+            url=url,
+            model=model or first_model(url),
+            concurrency=concurrency,
+            timeout_s=min(60.0, timeout_s / 2),
+            deadline_s=0.9 * timeout_s,
+            max_requests=max_requests,
+            max_tokens_total=max_total_tokens,
+        )
+    )
 
 
 def load_tokenizer(directory: Path) -> Any:
