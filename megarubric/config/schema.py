@@ -110,6 +110,7 @@ class Algorithm(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     kl_coef: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     tis_cap: float = 2.0  # truncated importance sampling between engine and trainer; 0 = off
+    routing_replay: bool = False  # the trainer sends tokens to the experts the engine chose (R3, arXiv 2510.11370)
     entropy_coef: float = 0.0
     updates_per_step: int = 1  # optimizer steps a rollout batch is split into
 

@@ -28,7 +28,7 @@ from megarubric.errors import MegarubricError, ProcessDied
 
 PROTOCOL = 1
 WATCH_S = 0.25  # how often a waiting client looks whether its peer's process still lives
-_WIRE_DTYPES = frozenset({"uint8", "int32", "int64", "float32", "float64", "bool"})
+_WIRE_DTYPES = frozenset({"uint8", "uint16", "int32", "int64", "float32", "float64", "bool"})
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True):

@@ -170,6 +170,8 @@ def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool
     c = load_train(path, overrides)
     hf = plan.read_hf_config(c.model.path)
     plan.check_layout(hf, c.parallel, path)
+    if c.algorithm.routing_replay and not hf.get("num_experts"):
+        raise BadInput(path, "algorithm.routing_replay", "is on, but the model has no experts")
     if (nodes := os.environ.get("SLURM_NNODES", "1")) != "1":
         reason = "weights are exchanged through one host's shared memory, so a run has one node for now"
         raise BadInput("Slurm", f"{nodes} nodes", reason)

@@ -78,6 +78,8 @@ class TrainBatch:
     they speak about: ``loss_mask[t]`` is 1 when token t, predicted from the tokens before it, is trained on, so the
     first token of a sequence is never trained on. `weights` carries the whole normalisation of the loss.
     `updates` int32[S] says in which optimizer step of this batch (0, 1, ...) a sequence takes part; None = all in one.
+    `routing` uint8 or uint16 [T, L, K]: the K experts that the engine sent token t to, as an input, in each of the
+    model's L layers; the dtype's largest number at [t, 0, 0] where it recorded none (None = every token routes itself).
     """
 
     tokens: NDArray[np.int32]
@@ -89,6 +91,7 @@ class TrainBatch:
     old_logprobs: NDArray[np.float32] | None = None
     ref_logprobs: NDArray[np.float32] | None = None
     updates: NDArray[np.int32] | None = None
+    routing: NDArray[np.unsignedinteger[Any]] | None = None
 
     def __post_init__(self) -> None:
         """Raises BatchError naming the array that does not fit."""
@@ -100,6 +103,10 @@ class TrainBatch:
             if value is None or field.name == "lengths":
                 continue
             expected = (n_seqs,) if field.name == "updates" else (n_tokens,)
+            if field.name == "routing":
+                expected = (n_tokens, *value.shape[1:3])
+                if value.ndim != 3 or value.dtype not in (np.uint8, np.uint16):
+                    raise BatchError(f"batch: routing is {value.dtype} {value.shape}, needs uint8 or uint16 [T, L, K]")
             if value.shape != expected:
                 raise BatchError(f"batch: {field.name} has shape {value.shape}, {n_seqs} sequences need {expected}")
             if value.dtype.kind == "f" and not np.isfinite(value).all():
@@ -141,15 +148,17 @@ class WireBatch(msgspec.Struct, frozen=True):
     old_logprobs: Array | None = None
     ref_logprobs: Array | None = None
     updates: Array | None = None
+    routing: Array | None = None
 
     @classmethod
     def pack(cls, batch: TrainBatch, frames: Frames) -> WireBatch:
-        """Put the arrays of `batch` into `frames`, as int32 and float32."""
+        """Put the arrays of `batch` into `frames`, as int32 and float32 (`routing` as it is)."""
         described: dict[str, Array] = {}
         for field in fields(batch):
             value = getattr(batch, field.name)
             if value is not None:
-                described[field.name] = frames.add(value.astype(_wire_dtype(field.name), copy=False))
+                dtype = value.dtype if field.name == "routing" else _wire_dtype(field.name)
+                described[field.name] = frames.add(value.astype(dtype, copy=False))
         return cls(**described)
 
     def unpack(self, frames: Sequence[bytes | memoryview]) -> TrainBatch:
@@ -160,7 +169,7 @@ class WireBatch(msgspec.Struct, frozen=True):
             if spec is None:
                 continue
             arrays[field.name] = read_array(spec, frames)
-            if arrays[field.name].dtype != _wire_dtype(field.name):
+            if field.name != "routing" and arrays[field.name].dtype != _wire_dtype(field.name):
                 raise BatchError(f"batch: {field.name} has dtype {spec.dtype}, needs {_wire_dtype(field.name)}")
         return TrainBatch(**arrays)
 

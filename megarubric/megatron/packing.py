@@ -46,8 +46,9 @@ class MicroBatch:
     """P packed positions of n sequences, padding included (n = 0: padding only, it keeps pipeline stages in step).
 
     sequences int64[n] batch rows; input_ids, targets, position_ids int64[P]; token_index int64[P] is the flat batch
-    index of the predicted token, -1 where nothing is predicted (last token of a sequence, padding); segment int64[P]
-    the sequence's number in 0..n-1, n for padding. cu_seqlens and cu_seqlens_padded int32[n + 1 (+ 1 for the tail)].
+    index of the predicted token, -1 where nothing is predicted (last token of a sequence, padding); input_index
+    int64[P] that of the input token, -1 for padding; segment int64[P] the sequence's number in 0..n-1, n for padding.
+    cu_seqlens and cu_seqlens_padded int32[n + 1 (+ 1 for the tail)].
     """
 
     sequences: NDArray[np.int64]
@@ -55,6 +56,7 @@ class MicroBatch:
     targets: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     token_index: NDArray[np.int64]
+    input_index: NDArray[np.int64]
     segment: NDArray[np.int64]
     cu_seqlens: NDArray[np.int32]
     cu_seqlens_padded: NDArray[np.int32]
@@ -178,6 +180,7 @@ def pack(
     targets = np.zeros(total, dtype=np.int64)
     position_ids = np.zeros(total, dtype=np.int64)
     token_index = np.full(total, -1, dtype=np.int64)
+    input_index = np.full(total, -1, dtype=np.int64)
     segment = np.full(total, len(rows), dtype=np.int64)
     offset = 0
     for k, (row, n, n_padded) in enumerate(zip(rows, real, padded)):
@@ -185,6 +188,7 @@ def pack(
         input_ids[offset : offset + n] = tokens[first : first + n]
         targets[offset : offset + n - 1] = tokens[first + 1 : first + n]
         token_index[offset : offset + n - 1] = np.arange(first + 1, first + n)
+        input_index[offset : offset + n] = np.arange(first, first + n)
         position_ids[offset : offset + n_padded] = np.arange(n_padded)
         segment[offset : offset + n] = k
         offset += n_padded
@@ -201,6 +205,7 @@ def pack(
         targets=targets,
         position_ids=position_ids,
         token_index=token_index,
+        input_index=input_index,
         segment=segment,
         cu_seqlens=np.concatenate([zero, ends]).astype(np.int32),
         cu_seqlens_padded=np.concatenate([zero, ends_padded]).astype(np.int32),

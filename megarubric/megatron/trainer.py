@@ -36,6 +36,7 @@ from megarubric.megatron.model import build_model, read_config  # noqa: E402
 from megarubric.megatron.optimizer import AdamSettings, TrainedModel  # noqa: E402
 from megarubric.megatron.packing import MicroBatch, PackSettings, pack, plan  # noqa: E402
 from megarubric.megatron.pieces import model_pieces  # noqa: E402
+from megarubric.megatron.replay import RoutingReplay  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,7 +54,8 @@ class _Work:
     """A micro-batch on the device.
 
     input_ids, position_ids int64[1, P']: this rank's positions (all P without context parallelism). scored int64[n]:
-    positions of the packing whose predictions are wanted; `rows` the same counted among this rank's positions.
+    positions of the packing whose predictions are wanted; `rows` the same counted among this rank's positions. routing
+    int64[P', L, K], -1 without a record.
     """
 
     packed: MicroBatch
@@ -64,6 +66,7 @@ class _Work:
     targets: Tensor
     params: Any
     inputs: TokenInputs | None
+    routing: Tensor | None
 
 
 class Trainer:
@@ -92,6 +95,7 @@ class Trainer:
             weights.init_weights(models, self.hf, self.layout, config.seed)
         adam = AdamSettings(config.beta1, config.beta2, config.eps, config.weight_decay, config.grad_clip)
         self.model = TrainedModel(models, self.dtype, adam)
+        self.replay = RoutingReplay(self.model.chunks, recompute=config.recompute)
         self.pieces = model_pieces(self.model.chunks, self.hf, self.layout)
         self.manifest = self.family.manifest(self.hf)
         self.steps = 0
@@ -180,9 +184,11 @@ class Trainer:
         """
         vocab_size = self.hf["vocab_size"]
         group = parallel_state.get_tensor_model_parallel_group()
+        number = {id(chunk): k for k, chunk in enumerate(self.model.chunks)}
 
         def step(iterator: Iterator[_Work], model: torch.nn.Module) -> tuple[Tensor, Any]:
             item = next(iterator)
+            self.replay.feed(number[id(model)], item.routing, train=train)
 
             def finish(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 values = token_logprobs(
@@ -211,6 +217,7 @@ class Trainer:
             return output, finish
 
         n_chunks = len(self.model.chunks)
+        self.replay.clear()
         with torch.set_grad_enabled(train):
             return get_forward_backward_func()(
                 forward_step_func=step,
@@ -255,7 +262,17 @@ class Trainer:
             targets=device(packed.targets),
             params=packed.packed_seq_params(self.device),
             inputs=token_inputs,
+            routing=self._routing(batch, packed.input_index[here]),
         )
+
+    def _routing(self, batch: TrainBatch, at: NDArray[np.int64]) -> Tensor | None:
+        """The record of the input tokens at the flat batch indices `at` (-1: padding)."""
+        if batch.routing is None:
+            return None
+        none = np.iinfo(batch.routing.dtype).max
+        rows = np.where(at[:, None, None] >= 0, batch.routing[at], none).astype(np.int64)
+        rows[rows[:, 0, 0] == none] = -1
+        return torch.from_numpy(rows).to(self.device)
 
     @staticmethod
     def _inputs(batch: TrainBatch, old: NDArray[np.float32] | None) -> dict[str, Any]:
@@ -315,10 +332,23 @@ class Trainer:
             skipped=not stepped,
         )
 
+    def _check_routing(self, routing: NDArray[Any]) -> None:
+        experts = self.family.num_experts(self.hf)
+        if not experts:
+            raise BadBatch("routing is given, but the model has no experts")
+        shape = (self.hf["num_hidden_layers"], self.hf["num_experts_per_tok"])
+        if routing.shape[1:] != shape:
+            raise BadBatch(f"routing has {routing.shape[1:]} layers and experts a token, the model {shape}")
+        recorded = routing[routing[:, 0, 0] != np.iinfo(routing.dtype).max]
+        if recorded.size and int(recorded.max()) >= experts:
+            raise BadBatch(f"routing names expert {int(recorded.max())}, the model has {experts}")
+
     def _check(self, batch: TrainBatch, settings: LossSettings | None = None) -> None:
         """Refuse, on all ranks alike and before any collective, what would fail on one of them in the middle."""
         if int(batch.tokens.max()) >= self.hf["vocab_size"]:
             raise BadBatch(f"token id {int(batch.tokens.max())} is outside the vocabulary of {self.hf['vocab_size']}")
+        if batch.routing is not None:
+            self._check_routing(batch.routing)
         if batch.n_updates > len(batch.lengths):
             raise BadBatch(f"{batch.n_updates} updates of {len(batch.lengths)} sequences")
         if settings is None:

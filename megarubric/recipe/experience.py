@@ -156,11 +156,14 @@ def make_batch(answers: Sequence[Answer], c: AlgorithmConfig, max_new_tokens: in
     """The trainer's batch: prompt and answer tokens exactly as the engine had them, token advantages and weights.
 
     Weights are made over all valid answers first; then answers that cannot move the policy (advantage 0, and neither a
-    KL nor an entropy term) are left out, which changes no gradient. None when nothing is left.
+    KL nor an entropy term) are left out, which changes no gradient. None when nothing is left. Raises RolloutError when
+    routing is to be replayed and an answer came without it.
     """
     kept = [a for a in answers if a.valid and len(a.sample.completion.token_ids)]
     if not kept:
         return None
+    if c.routing_replay and any(a.sample.completion.routing is None for a in kept):
+        raise RolloutError("algorithm.routing_replay is on, and an answer has no recorded routing")
     lengths = np.array([len(a.sample.prompt.token_ids) + len(a.sample.completion.token_ids) for a in kept], np.int32)
     starts = np.array([len(a.sample.prompt.token_ids) for a in kept])
     mask = np.concatenate([(np.arange(n) >= s).astype(np.float32) for n, s in zip(lengths, starts)])
@@ -172,6 +175,7 @@ def make_batch(answers: Sequence[Answer], c: AlgorithmConfig, max_new_tokens: in
     weights = algorithm(c.name).token_weights(mask, lengths, max_new_tokens, updates)
     tokens = [np.concatenate([a.sample.prompt.token_ids, a.sample.completion.token_ids]) for a in kept]
     engine = [np.concatenate([np.zeros(s, np.float32), a.sample.completion.logprobs]) for a, s in zip(kept, starts)]
+    routing = [a.sample.completion.routing for a in kept]
     advantages = np.repeat(np.array([a.advantage for a in kept], np.float32), lengths)
     if updates is None and not c.kl_coef and not c.entropy_coef:
         moves = np.array([a.advantage != 0 for a in kept])
@@ -180,6 +184,7 @@ def make_batch(answers: Sequence[Answer], c: AlgorithmConfig, max_new_tokens: in
         token_moves = np.repeat(moves, lengths)
         tokens = [t for t, m in zip(tokens, moves) if m]
         engine = [e for e, m in zip(engine, moves) if m]
+        routing = [r for r, m in zip(routing, moves) if m]
         lengths, mask, weights = lengths[moves], mask[token_moves], weights[token_moves]
         advantages = advantages[token_moves]
     return TrainBatch(
@@ -190,4 +195,5 @@ def make_batch(answers: Sequence[Answer], c: AlgorithmConfig, max_new_tokens: in
         weights=weights,
         rollout_logprobs=np.concatenate(engine).astype(np.float32),
         updates=updates,
+        routing=np.concatenate([r for r in routing if r is not None]) if c.routing_replay else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,17 @@ def to_record(step: int, a: Answer) -> Record:
 
 
 def write_rollouts(directory: Path, step: int, answers: Sequence[Answer]) -> Path:
-    """Write ``step_N.jsonl``, whole or not at all."""
+    """Write ``step_N.jsonl``, whole or not at all; before it ``step_N.routing.safetensors`` when routing was recorded:
+    [T, L, K] of all answers in the order of the lines."""
     path = directory / f"step_{step}.jsonl"
+    routing = [a.sample.completion.routing for a in answers]
+    if any(r is not None for r in routing):
+        from safetensors.numpy import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        aside = directory / f".step_{step}.routing.part"
+        save_file({"routing": np.concatenate([r for r in routing if r is not None])}, aside)
+        os.replace(aside, _routing_file(directory, step))
     with whole_file(path) as f:
         for a in answers:
             f.write(msgspec.json.encode(to_record(step, a)).decode() + "\n")
@@ -115,6 +125,7 @@ def read_rollouts(
     if not path.exists():
         raise BadInput(path, None, "no recorded rollouts of this step to replay")
     decode = msgspec.json.Decoder(Record).decode
+    routing, offset = _read_routing(directory, step), 0
     samples: list[Sample] = []
     texts: list[str] = []
     items: list[JudgeItem] = []
@@ -126,16 +137,39 @@ def read_rollouts(
         prompt = prompts.get(r.prompt_id)
         if prompt is None or prompt.rubric.hash != r.rubric_hash:
             raise BadInput(path, f"line {number} ({r.prompt_id})", "its prompt or rubric is not this run's")
+        n_tokens = len(r.prompt_ids) + len(r.token_ids)
         completion = Completion(
             np.array(r.token_ids, np.int32),
             np.array(r.logprobs, np.float32),
             r.finish_reason,
             r.weight_version,
             r.weight_version,
+            routing=None if routing is None else routing[offset : offset + n_tokens],
         )
+        offset += n_tokens
         seen = Prompt(prompt.id, prompt.text, prompt.rubric, np.array(r.prompt_ids, np.int32))
         samples.append(Sample(r.group, r.sample, seen, r.seed, completion))
         texts.append(r.response)
         stored: dict[str, Any] = {name: j.value for name, j in r.judgements.items()}
         items.append(JudgeItem(prompt.rubric, r.prompt, r.response, stored))
+    if routing is not None and offset != len(routing):
+        raise BadInput(_routing_file(directory, step), None, f"holds {len(routing)} tokens, the answers have {offset}")
     return samples, texts, items
+
+
+def _routing_file(directory: Path, step: int) -> Path:
+    return directory / f"step_{step}.routing.safetensors"
+
+
+def _read_routing(directory: Path, step: int) -> np.ndarray | None:
+    path = _routing_file(directory, step)
+    if not path.exists():
+        return None
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        rows: np.ndarray = load_file(path)["routing"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise BadInput(path, None, f"is not a record of routing: {error}") from None
+    return rows

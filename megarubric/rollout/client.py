@@ -40,9 +40,11 @@ class EngineClient:
         sampling = tuple(m.Sampling(r.max_tokens, r.seed, r.temperature, r.top_p, r.stop_token_ids) for r in requests)
         reply, raw = await self._rpc.call(m.Generate(prompts, sampling), frames.buffers)
         tokens, logprobs = m.unpack_ragged(reply.token_ids, raw), m.unpack_ragged(reply.logprobs, raw)
+        lengths = [0 if e.error else len(r.prompt_ids) + len(ids) for r, ids, e in zip(requests, tokens, reply.ends)]
+        routing = m.unpack_routing(reply.routing, lengths, raw)
         return [
-            Completion(ids, lp, e.finish_reason, e.weight_version, e.first_version, e.cached_tokens, e.error)
-            for ids, lp, e in zip(tokens, logprobs, reply.ends, strict=True)
+            Completion(ids, lp, e.finish_reason, e.weight_version, e.first_version, e.cached_tokens, e.error, where)
+            for ids, lp, e, where in zip(tokens, logprobs, reply.ends, routing, strict=True)
         ]
 
     async def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Completion]]:

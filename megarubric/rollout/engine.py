@@ -105,6 +105,7 @@ def build_engine(config: EngineConfig, cpu: bool) -> LLMEngine:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from megarubric.exchange import vllm_backend
+    from megarubric.rollout.routing import RoutingWorkerExtension
 
     _know_architecture(Path(config.model_dir))
     args: dict[str, Any] = {}
@@ -117,6 +118,7 @@ def build_engine(config: EngineConfig, cpu: bool) -> LLMEngine:
     else:
         args["gpu_memory_utilization"] = config.gpu_memory_utilization
         args["enable_sleep_mode"] = config.sleep_mode
+        args["enable_return_routed_experts"] = config.capture_routing
     if config.block_size:
         args["block_size"] = config.block_size
     if config.max_num_batched_tokens:
@@ -138,7 +140,7 @@ def build_engine(config: EngineConfig, cpu: bool) -> LLMEngine:
         max_logprobs=-1,
         use_tqdm_on_load=False,
         disable_log_stats=True,
-        worker_extension_cls=f"{vllm_backend.__name__}.{vllm_backend.WorkerExtension.__name__}",
+        worker_extension_cls=f"{RoutingWorkerExtension.__module__}.{RoutingWorkerExtension.__name__}",
         weight_transfer_config=WeightTransferConfig(backend=vllm_backend.BACKEND),
         **args,
     )

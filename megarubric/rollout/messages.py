@@ -28,7 +28,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     `staging` says how a weight update arrives: "host" keeps the whole new version in host memory until it is verified,
     so that a bad update leaves the old version serving; "direct" loads bucket by bucket into an idle engine, without
-    the copy and without the old version to fall back on.
+    the copy and without the old version to fall back on. `capture_routing` returns with every sample which experts its
+    tokens went to.
     """
 
     model_dir: str
@@ -49,6 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sleep_mode: bool = True
     weight_version: int = 0
     staging: Literal["host", "direct"] = "host"
+    capture_routing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "tensor_parallel", "threads"):
@@ -88,6 +90,19 @@ def unpack_ragged(spec: Ragged, frames: Sequence[bytes | memoryview]) -> list[ND
     return [values[end - n : end] for end, n in zip(ends.tolist(), lengths.tolist())]
 
 
+def unpack_routing(
+    spec: Array | None, lengths: Sequence[int], frames: Sequence[bytes | memoryview]
+) -> list[NDArray[Any] | None]:
+    """`Completion.routing` of samples with `lengths` tokens each, prompts included. Raises WireError for a misfit."""
+    if spec is None:
+        return [None] * len(lengths)
+    rows = read_array(spec, frames)
+    if rows.ndim != 3 or len(rows) != sum(lengths):
+        raise WireError(f"routing has shape {rows.shape}, the samples have {sum(lengths)} tokens")
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return [rows[end - n : end] for end, n in zip(ends.tolist(), lengths)]
+
+
 # --- what callers hold ----------------------------------------------------------------------------------------------
 
 
@@ -118,6 +133,10 @@ class Completion:
     `finish_reason`: "stop" (a stop token was drawn), "length", or "error" with `error` set and no tokens.
     `weight_version` drew the last token, `first_version` the first; they differ only when an update was told to keep
     running requests. `cached_tokens` prompt tokens came from the prefix cache.
+
+    `routing` uint8 or uint16 [P + n, L, K] with `EngineConfig.capture_routing`: the K experts of each of L layers that
+    a token, prompt tokens first, was sent to when it was read; the dtype's largest number where that is not known, as
+    for the last token, which was never read.
     """
 
     token_ids: NDArray[np.int32]
@@ -127,6 +146,7 @@ class Completion:
     first_version: int
     cached_tokens: int = 0
     error: str | None = None
+    routing: NDArray[np.unsignedinteger[Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +299,7 @@ class Generated(msgspec.Struct, frozen=True, tag=True):
     token_ids: Ragged
     logprobs: Ragged
     ends: tuple[SampleEnd, ...]
+    routing: Array | None = None  # that of all samples' prompts and tokens, one after the other
 
 
 class Scored(msgspec.Struct, frozen=True, tag=True):

@@ -29,6 +29,7 @@ from megarubric.errors import MegarubricError
 from megarubric.exchange.receiver import Receiver, State, UpdateRefused, checksum_of
 from megarubric.exchange.rpc import Call, Frames, Server
 from megarubric.rollout import messages as m
+from megarubric.rollout.routing import routing_dtype, unrecorded
 
 log = logging.getLogger("megarubric.engine")
 
@@ -47,6 +48,7 @@ class _Job:
         self.call, self.reply_type, self.left = call, reply_type, size
         self.tokens: list[NDArray[np.int32]] = [_NO_TOKENS] * size
         self.logprobs: list[NDArray[np.float32]] = [_NO_LOGPROBS] * size
+        self.routing: list[NDArray[Any] | None] = [None] * size
         self.ends: list[m.SampleEnd | None] = [None] * size
 
     def end(self, index: int, end: m.SampleEnd) -> None:
@@ -60,7 +62,9 @@ class _Job:
         ends = tuple(e for e in self.ends if e is not None)
         logprobs = m.pack_ragged(frames, self.logprobs, np.float32)
         if self.reply_type is m.Generated:
-            body: msgspec.Struct = m.Generated(m.pack_ragged(frames, self.tokens, np.int32), logprobs, ends)
+            rows = [r for r in self.routing if r is not None]
+            routing = frames.add(np.concatenate(rows)) if rows else None
+            body: msgspec.Struct = m.Generated(m.pack_ragged(frames, self.tokens, np.int32), logprobs, ends, routing)
         else:
             body = m.Scored(logprobs, ends)
         self.call.reply(body, frames.buffers)
@@ -78,6 +82,10 @@ class EngineLoop:
         self._vocab_size = engine.model_config.get_vocab_size()
         self._queue: deque[Call] = deque()
         self._jobs: dict[str, tuple[_Job, int, int]] = {}  # vLLM request id -> job, index in it, prompt tokens
+        self._routes: dict[str, str] = {}  # our request id -> vLLM's own, where routing is captured on a CPU
+        self._capture = config.capture_routing and current_platform.is_cpu()
+        if self._capture:
+            engine.collective_rpc("start_routing_capture")
         self._ids = itertools.count()
         self._asleep: set[str] = set()  # of "weights", "kv_cache"
         self._finished = self._prefilled = self._cached = self._generated = self._steps = 0
@@ -234,11 +242,13 @@ class EngineLoop:
                     flat_logprobs=True,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                self.engine.add_request(request_id, tokens_input(prompt.tolist()), sampling)
+                internal = self.engine.add_request(request_id, tokens_input(prompt.tolist()), sampling)
             except Exception as error:  # vLLM's own validation, which has no common class
                 wrong = " ".join(str(error).split()) or type(error).__name__
             else:
                 self._jobs[request_id] = (job, index, len(prompt))
+                if self._capture:
+                    self._routes[request_id] = internal
                 return
         job.end(index, self._error_end(wrong))
 
@@ -278,6 +288,8 @@ class EngineLoop:
             job.tokens[index] = np.array(sample.token_ids, np.int32)
             job.logprobs[index] = np.array(sample.logprobs.logprobs, np.float32)  # type: ignore[union-attr]
             self._generated += len(sample.token_ids)
+            if self.config.capture_routing:
+                job.routing[index] = self._routing(output, prompt_tokens + len(sample.token_ids))
             reason = sample.finish_reason or "error"
         elif isinstance(job.call.body, m.TierLogprobs):
             # The first entry is the sampled token; the tokens asked for follow in their order.
@@ -287,7 +299,22 @@ class EngineLoop:
             # Position 0 has no entry, so what is there starts with the second token.
             job.logprobs[index] = np.array(output.prompt_logprobs.logprobs, np.float32)  # type: ignore[union-attr]
             reason = "scored"
+        self._routes.pop(output.request_id, None)
         job.end(index, m.SampleEnd(reason, version, first, cached, None))
+
+    def _routing(self, output: RequestOutput, n: int) -> NDArray[Any]:
+        """`Completion.routing` of a finished sample with `n` tokens, its prompt included."""
+        if self._capture:
+            (found,) = self.engine.collective_rpc("take_routing", args=(self._routes[output.request_id],))
+        else:
+            found = output.outputs[0].routed_experts
+        if found is None:
+            raise EngineRefused("the engine recorded no routing for a sample")
+        config = self.engine.model_config
+        shape = config.get_total_num_hidden_layers(), config.get_num_experts_per_tok()
+        rows = unrecorded(n, *shape, routing_dtype(config.get_num_experts()))
+        rows[: min(n, len(found))] = found[:n]
+        return rows
 
     # --- weights and memory -------------------------------------------------------------------------------------
 
@@ -301,6 +328,8 @@ class EngineLoop:
         # Keys and values of the old weights must not be read again: vLLM does not forget them by itself. Requests
         # that go on compute theirs anew.
         self.engine.reset_prefix_cache(reset_running_requests=bool(self._jobs))
+        if self._capture:
+            self.engine.collective_rpc("forget_routing")
         self.engine.set_weight_version(str(update.version))
         log.info("serving weight version %d after %.3f s", update.version, seconds)
         call.reply(self._weights(with_checksum=True, seconds=seconds))

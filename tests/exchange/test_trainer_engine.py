@@ -6,6 +6,7 @@ The real Megatron trainer (two expert-parallel ranks) and the real vLLM engine, 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,37 +41,50 @@ def batch_of(prompts: list[np.ndarray], samples: list[Completion], rng: np.rando
         [np.concatenate([np.zeros(len(p), np.float32), s.logprobs]) for p, s in zip(prompts, samples)]
     )
     advantages = np.repeat(rng.standard_normal(len(lengths)).astype(np.float32), lengths) * mask
-    return TrainBatch(np.concatenate(tokens), lengths, mask, advantages, mask / mask.sum(), engine.astype(np.float32))
+    return TrainBatch(
+        np.concatenate(tokens),
+        lengths,
+        mask,
+        advantages,
+        mask / mask.sum(),
+        engine.astype(np.float32),
+        routing=np.concatenate([s.routing for s in samples]),
+    )
 
 
 async def follow(dtype: str, directory: Path) -> dict[str, float]:
-    """Mean |trainer - engine| log-probability before any exchange and after 20, each with a training step before it."""
+    """Mean and largest |trainer - engine| log-probability before any exchange and after 20, each with a training step
+    before it; at the end also after prompts of random tokens. With and without routing replay."""
     worker = plan.worker_config(
         MODEL, dtype, "load", 1, Parallel(ranks=2, ep=2), Train(micro_batch_tokens=512), reference=False, bucket_mb=4
     )
-    engine = EngineConfig(model_dir=MODEL, dtype=dtype, max_model_len=160, kv_cache_gib=0.25, threads=2)
+    engine = EngineConfig(
+        model_dir=MODEL, dtype=dtype, max_model_len=160, kv_cache_gib=0.25, threads=2, capture_routing=True
+    )
     system = System(Supervisor(directory / "logs"), plan.socket_dir(directory))
     rng = np.random.default_rng(0)
     found: dict[str, float] = {}
-    prompts = read()
+    usual = read()
+    strange = [np.random.default_rng(i).integers(0, 2000, len(p)).astype(np.int32) for i, p in enumerate(usual)]
     try:
         trainer = system.trainer = system.start_trainer(worker, 2, None)
         policy = system.start_engine("policy", engine)
         system.policies = [policy]
         await system.ready()
 
-        async def compare(name: str, step: int) -> TrainBatch:
+        async def compare(name: str, step: int, prompts: list[np.ndarray]) -> TrainBatch:
             requests = [GenerateRequest(p, 40, 1000 * step + i) for i, p in enumerate(prompts)]
             samples = await policy.generate(requests)
             assert all(s.error is None and s.weight_version == step for s in samples)
             batch = batch_of(prompts, samples, rng)
-            logprobs, _ = await trainer.logprobs(batch)
-            difference = np.abs(logprobs - batch.rollout_logprobs)[batch.loss_mask > 0]
-            found[name], found[f"{name} max"] = float(difference.mean()), float(difference.max())
+            for label, scored in ((name, replace(batch, routing=None)), (f"{name}, replayed", batch)):
+                logprobs, _ = await trainer.logprobs(scored)
+                difference = np.abs(logprobs - batch.rollout_logprobs)[batch.loss_mask > 0]
+                found[label], found[f"{label}, max"] = float(difference.mean()), float(difference.max())
             return batch
 
         await exchange(trainer, [policy], 0)  # version 0: the engine says so with every sample
-        batch = await compare("first", 0)
+        batch = await compare("first", 0, usual)
         first = (await trainer.checksum(), (await policy.checksum()).checksum)
         assert first[0] == first[1]
         for version in range(1, EXCHANGES + 1):
@@ -79,8 +93,9 @@ async def follow(dtype: str, directory: Path) -> dict[str, float]:
             served = await policy.checksum()
             assert (served.version, served.checksum) == (version, report.checksum)
         assert report.checksum == await trainer.checksum() != first[0]
-        await compare("last", EXCHANGES)
-        stale = await policy.score_tokens([np.concatenate([prompts[0], np.array([3, 4, 5], np.int32)])])
+        await compare("last", EXCHANGES, usual)
+        await compare("strange", EXCHANGES, strange)
+        stale = await policy.score_tokens([np.concatenate([usual[0], np.array([3, 4, 5], np.int32)])])
         assert stale[0].weight_version == EXCHANGES
     finally:
         await system.close()
@@ -93,3 +108,7 @@ def test_log_probabilities_agree_before_and_after_twenty_exchanges(dtype: str, b
     print(dtype, found)
     assert found["first"] < bound
     assert found["last"] < bound
+    # A token that trainer and engine send to different experts is off by a nat and more. Replay leaves rounding.
+    assert found["strange, replayed, max"] < 25 * bound
+    if dtype == "bfloat16":
+        assert found["strange, replayed"] < found["strange"]

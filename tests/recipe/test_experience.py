@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from megarubric.config.schema import Algorithm, Reward, Train
 from megarubric.errors import BadInput
 from megarubric.judging.judge import Judge
 from megarubric.judging.types import JudgeItem
-from megarubric.recipe.experience import Answer, WritingTimes, make_batch, score
+from megarubric.recipe.experience import Answer, RolloutError, WritingTimes, make_batch, score
 from megarubric.recipe.learning import learning_rate
 from megarubric.recipe.records import read_rollouts, to_record, write_rollouts
 from megarubric.recipe.statistics import step_metrics
@@ -120,6 +121,34 @@ def test_records_replay_to_the_same_batch_and_rewards(tmp_path: Path) -> None:
     for name in ("tokens", "lengths", "loss_mask", "advantages", "weights", "rollout_logprobs"):
         assert getattr(one, name).tobytes() == getattr(two, name).tobytes(), name
     assert to_record(7, again[0]).logprobs == to_record(7, rows[0]).logprobs
+
+
+def routed(rows: list[Answer]) -> list[Answer]:
+    """The same answers with a record of routing: 3 prompt tokens and the answer's, 2 layers, 2 experts a token."""
+    out = []
+    for a in rows:
+        n = 3 + len(a.sample.completion.token_ids)
+        record = np.random.default_rng(n).integers(0, 8, (n, 2, 2)).astype(np.uint8)
+        completion = replace(a.sample.completion, routing=record)
+        out.append(replace(a, sample=replace(a.sample, completion=completion)))
+    return out
+
+
+def test_routing_goes_into_the_batch_and_replays(tmp_path: Path) -> None:
+    rows = routed(scored([answer(0, 0, 1, 4), answer(0, 1, None, 2), answer(0, 2, 0, 5)]))
+    assert make_batch(rows, Algorithm(), 8).routing is None
+    batch = make_batch(rows, Algorithm(routing_replay=True), 8)
+    assert batch.routing.shape == (7 + 5 + 8, 2, 2)
+    assert np.array_equal(batch.routing[7 + 5 :], rows[2].sample.completion.routing)
+    write_rollouts(tmp_path, 1, rows)
+    samples, _, _ = read_rollouts(tmp_path, 1, {a.sample.prompt.id: a.sample.prompt for a in rows})
+    for sample, a in zip(samples, rows, strict=True):
+        assert np.array_equal(sample.completion.routing, a.sample.completion.routing)
+    with pytest.raises(RolloutError, match="an answer has no recorded routing"):
+        make_batch(scored([answer(0, 0, 1, 4), answer(0, 1, 0, 2)]), Algorithm(routing_replay=True), 8)
+    (tmp_path / "step_1.routing.safetensors").write_bytes(b"\0" * 40)
+    with pytest.raises(BadInput, match="step_1.routing.safetensors: is not a record of routing"):
+        read_rollouts(tmp_path, 1, {a.sample.prompt.id: a.sample.prompt for a in rows})
 
 
 def test_replay_refuses_other_rubrics_and_missing_steps(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def serve(run: Run, model_dir: Path, **settings: object) -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def engine(run: Run, tiny_models: list[Path]) -> Iterator[Engine]:
     """A policy engine in float32; tests that update its weights keep `model_dir` and `version` in step."""
-    yield from serve(run, tiny_models[0])
+    yield from serve(run, tiny_models[0], capture_routing=True)
 
 
 @pytest.fixture(scope="module")
