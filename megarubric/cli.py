@@ -86,6 +86,20 @@ def _score(a: argparse.Namespace) -> int:
     return run_score(a.rubrics, a.responses, a.out, use, as_json=a.json)
 
 
+def _convert(a: argparse.Namespace) -> int:
+    from megarubric.megatron.convert.verb import run_convert
+
+    return run_convert(
+        a.source,
+        a.target,
+        verified=a.verify,
+        config=a.config_from,
+        processes=a.processes,
+        max_shard_size=a.max_shard_size,
+        as_json=a.json,
+    )
+
+
 def _doctor(a: argparse.Namespace) -> int:
     from megarubric.launch.doctor import doctor
 
@@ -185,6 +199,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", type=Path, metavar="FILE", help="SQLite file of judgements: nothing is judged twice")
     p.add_argument("--replay-only", action="store_true", help="with --cache: ask no judge at all")
     p.add_argument("--json", action="store_true", help="print the counts as JSON")
+
+    p = verb("convert", _convert, "Hugging Face <-> Megatron checkpoints; the direction is told from SRC")
+    p.add_argument("source", type=Path, metavar="SRC", help="Hugging Face directory, or distributed checkpoint")
+    p.add_argument("target", type=Path, metavar="DST", help="directory to make")
+    p.add_argument("--verify", action="store_true", help="compare bit for bit with SRC (only that, if DST is there)")
+    p.add_argument(
+        "--config-from", type=Path, metavar="DIR", help="where config.json and tokenizer are, for a SRC without them"
+    )
+    p.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a safetensors file, e.g. 5GB (default: as SRC was)"
+    )
+    p.add_argument("--processes", type=int, default=0, metavar="N", help="default: one a core, at most 8")
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
 
     p = verb("doctor", _doctor, "what this machine can run")
     p.add_argument("--json", action="store_true")

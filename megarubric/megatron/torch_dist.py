@@ -25,7 +25,7 @@ from megarubric.megatron.hf_files import ITEM_BYTES, TensorInfo
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' name -> torch's
 _NAMES = {name: key for key, name in DTYPES.items()}
-_STORAGES = {"F32": "FloatStorage", "BF16": "BFloat16Storage", "F16": "HalfStorage"}
+STORAGES = {"F32": "FloatStorage", "BF16": "BFloat16Storage", "F16": "HalfStorage"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ _RECORDS = {
 }
 _TORCH = {"Size": _sequence, **{name: name for name in ("float32", "bfloat16", "float16", "float64")}}
 _TORCH |= {name: name for name in ("int64", "int32", "int16", "int8", "uint8", "bool")}
-_TORCH |= {name: name for name in _STORAGES.values()}
+_TORCH |= {name: name for name in STORAGES.values()}
 
 
 class _Reader(pickle.Unpickler):
@@ -206,7 +206,7 @@ class Archives:
         except (zipfile.BadZipFile, AttributeError, KeyError, ValueError, TypeError, IndexError):
             raise BadInput(path, key, "is corrupt: its archive cannot be read") from None
         dense = tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
-        plain = kind == "storage" and storage == _STORAGES[tensor.dtype] and number == "0" and start == 0
+        plain = kind == "storage" and storage == STORAGES[tensor.dtype] and number == "0" and start == 0
         if not plain or tuple(stride) != dense or count != math.prod(size) or record.compress_type:
             raise BadInput(path, key, "is not stored as a plain run of numbers")
         if math.prod(size) != math.prod(block.sizes) or record.file_size != count * ITEM_BYTES[tensor.dtype]:
