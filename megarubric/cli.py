@@ -207,9 +207,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--config-from", type=Path, metavar="DIR", help="where config.json and tokenizer are, for a SRC without them"
     )
-    p.add_argument(
-        "--max-shard-size", metavar="SIZE", help="of a safetensors file, e.g. 5GB (default: as SRC was)"
-    )
+    p.add_argument("--max-shard-size", metavar="SIZE", help="of a safetensors file, e.g. 5GB (default: as SRC was)")
     p.add_argument("--processes", type=int, default=0, metavar="N", help="default: one a core, at most 8")
     p.add_argument("--json", action="store_true", help="print the result as JSON")
 
