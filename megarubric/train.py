@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from megarubric.errors import Interrupted
 from megarubric.evaluate.summary import flat
 from megarubric.launch.run import Run
-from megarubric.observe.terminal import say, step_line
+from megarubric.observe.terminal import say, step_line, warn_of_drift
 from megarubric.recipe.algorithms import algorithm
 from megarubric.recipe.experience import make_batch, score, write_and_judge
 from megarubric.recipe.learning import learn, learning_rate
@@ -80,6 +80,7 @@ async def train(run: Run) -> None:
             metrics |= flat(run.after, "eval")
         run.log.log(step, metrics)
         say(step_line(step, c.train.steps, metrics))
+        warn_of_drift(metrics, c.algorithm.drift_alarm)
 
         if last or run.stop_requested or (c.checkpoint.every and step % c.checkpoint.every == 0):
             await run.save()

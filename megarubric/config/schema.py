@@ -109,7 +109,11 @@ class Algorithm(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     clip_high: float | None = None
     kl_coef: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    tis_cap: float = 2.0  # truncated importance sampling between engine and trainer; 0 = off
+    tis_cap: float = 2.0  # importance sampling between engine and trainer, cut off at this ratio; 0 = off
+    tis_mode: Literal["truncate", "mask"] = "truncate"  # a token beyond the cap keeps the cap, or is left out
+    reject_below: float = 0.0  # answers whose geometric-mean ratio trainer : engine is below or above are left out;
+    reject_above: float = 0.0  # 0 = no bound
+    drift_alarm: float = 0.05  # warn when the mean |trainer - engine| log-probability of a step is above
     routing_replay: bool = False  # the trainer sends tokens to the experts the engine chose (R3, arXiv 2510.11370)
     entropy_coef: float = 0.0
     updates_per_step: int = 1  # optimizer steps a rollout batch is split into
@@ -302,6 +306,25 @@ def check_judge(j: Judge) -> str | None:
     return None
 
 
+def check_algorithm(a: Algorithm) -> str | None:
+    wrong = _positive(a, "algorithm", "updates_per_step", "drift_alarm")
+    if wrong:
+        return wrong
+    for field in ("tis_cap", "reject_below", "reject_above", "kl_coef", "entropy_coef"):
+        if getattr(a, field) < 0:
+            return f"algorithm.{field}: must not be negative, is {getattr(a, field)}"
+    if a.tis_mode == "mask" and a.tis_cap <= 1:
+        return (
+            f"algorithm.tis_cap: mode mask keeps ratios from 1/cap to cap, so the cap must be above 1, is {a.tis_cap}"
+        )
+    if a.reject_below >= 1 or 0 < a.reject_above <= 1:
+        return (
+            "algorithm: reject_below must be below 1 and reject_above above 1 (or 0 = off), "
+            f"are {a.reject_below} and {a.reject_above}: an answer on which trainer and engine agree has 1"
+        )
+    return None
+
+
 def is_url(judge: str | None) -> bool:
     """Whether a judge is named by a URL (and not by a model directory)."""
     return judge is not None and judge.startswith(("http://", "https://"))
@@ -315,7 +338,7 @@ def check_train(c: TrainConfig) -> str | None:
     )
     wrong = wrong or _positive(c.rollout, "rollout", "temperature", "max_num_seqs", "cpu_kv_gib")
     wrong = wrong or check_judge(c.judge)
-    wrong = wrong or _positive(c.algorithm, "algorithm", "updates_per_step")
+    wrong = wrong or check_algorithm(c.algorithm)
     wrong = wrong or _positive(c.exchange, "exchange", "bucket_mb") or _positive(c.checkpoint, "checkpoint", "keep")
     if wrong:
         return wrong

@@ -4,7 +4,9 @@ For tokens t that are trained on (mask m_t), with weights w_t that carry all nor
 
     r_t   = exp(logp_t - old_t)                              ratio "token"
           = exp(mean over the sequence's tokens of (logp - old))   ratio "sequence" (GSPO, arXiv 2507.18071, eq. 7)
-    tis_t = min(exp(old_t - rollout_t), cap), a constant      truncated importance sampling, 1 when off
+    tis_t = min(rho_t, cap), rho_t = exp(old_t - rollout_t)    truncated importance sampling (a constant), 1 when off
+          = rho_t where 1/cap <= rho_t <= cap, else 0          mode "mask" (IcePop, arXiv 2510.18855)
+          = 0 for a whole sequence whose geometric mean of rho is outside [reject_below, reject_above]
 
     loss = - sum_t m_t w_t tis_t J_t  +  kl_coef sum_t m_t w_t KL_t  -  entropy_coef sum_t m_t w_t H_t
 
@@ -40,6 +42,9 @@ class Settings(Protocol):
     clip_low: float
     clip_high: float
     tis_cap: float
+    tis_mode: str
+    reject_below: float
+    reject_above: float
     kl_coef: float
     kl_estimator: str
     entropy_coef: float
@@ -81,6 +86,7 @@ class LossSums:
     clipped: Tensor
     tis: Tensor
     tis_clipped: Tensor
+    rejected: Tensor
     max_logprob_diff: Tensor
     max_ratio_deviation: Tensor
 
@@ -124,12 +130,7 @@ def policy_loss(
         raise ValueError(f"unknown surrogate {settings.surrogate!r}")
 
     engine_gap = torch.zeros_like(now) if inputs.rollout is None else torch.where(m > 0, old - inputs.rollout, 0.0)
-    tis = torch.ones_like(now)
-    tis_clipped = torch.zeros_like(now, dtype=torch.bool)
-    if settings.tis_cap > 0:
-        untruncated = engine_gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-        tis = untruncated.clamp(max=settings.tis_cap)
-        tis_clipped = tis < untruncated
+    tis, tis_clipped, rejected = _importance(engine_gap, inputs, settings, sequence_sum)
     mw = m * inputs.weights
     loss = -(mw * tis * torch.where(m > 0, surrogate, 0.0)).sum()
 
@@ -156,10 +157,37 @@ def policy_loss(
         clipped=total(clipped),
         tis=total(tis),
         tis_clipped=total(tis_clipped),
+        rejected=total(rejected),
         max_logprob_diff=engine_gap.abs().amax().double(),
         max_ratio_deviation=(m * (ratio.detach() - 1.0)).abs().amax().double(),
     )
     return loss, sums
+
+
+def _importance(
+    log_rho: Tensor, inputs: TokenInputs, settings: Settings, sequence_sum: SequenceSum | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the mismatch of trainer and engine makes of a token's weight, and which tokens were cut off or rejected.
+
+    log_rho: float[P] log-probability by the trainer's old policy minus by the engine, constant, 0 where not trained.
+    """
+    weight, cut = torch.ones_like(log_rho), torch.zeros_like(log_rho, dtype=torch.bool)
+    rejected = torch.zeros_like(cut)
+    if settings.tis_cap > 0:
+        rho = log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        if settings.tis_mode == "mask":
+            cut = (rho > settings.tis_cap) | (rho < 1.0 / settings.tis_cap)
+            weight = torch.where(cut, 0.0, rho)
+        else:
+            weight = rho.clamp(max=settings.tis_cap)
+            cut = weight < rho
+    if settings.reject_below > 0 or settings.reject_above > 0:
+        mean = _sequence_mean(log_rho, inputs, sequence_sum).exp()
+        rejected = mean < settings.reject_below
+        if settings.reject_above > 0:
+            rejected = rejected | (mean > settings.reject_above)
+        weight = torch.where(rejected, 0.0, weight)
+    return weight, cut, rejected
 
 
 def kl_estimate(log_ratio: Tensor, estimator: str) -> Tensor:

@@ -63,7 +63,10 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ratio: Literal["token", "sequence"] = "token"
     clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
-    tis_cap: float = 0.0  # truncated importance sampling engine -> trainer; 0 = off
+    tis_cap: float = 0.0  # importance sampling engine -> trainer, cut off at this ratio; 0 = off
+    tis_mode: Literal["truncate", "mask"] = "truncate"  # a token beyond the cap: its cap, or nothing
+    reject_below: float = 0.0  # a sequence whose geometric-mean ratio trainer : engine is outside is not trained on;
+    reject_above: float = 0.0  # 0 = no bound
     kl_coef: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: float = 0.0
@@ -301,7 +304,8 @@ class UpdateMetrics(msgspec.Struct, frozen=True):
     `loss` is the value that was differentiated (a sum with the weights in it). `kl` is k3 of the policy against the
     old policy, exactly 0 in the first update on fresh log-probabilities; `ratio_max_deviation` is max |ratio - 1|.
     `logprob_abs_diff` is the mean |trainer - engine|. `skipped` is true when the gradient was not finite and the
-    optimizer did not step.
+    optimizer did not step. `tis_clipped_fraction` of the tokens were beyond the cap, `rejected_fraction` in a sequence
+    that was rejected.
     """
 
     loss: float
@@ -316,6 +320,7 @@ class UpdateMetrics(msgspec.Struct, frozen=True):
     clip_fraction: float
     tis_mean: float
     tis_clipped_fraction: float
+    rejected_fraction: float
     trained_tokens: int
     tokens: int
     micro_batches: int

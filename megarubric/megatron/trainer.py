@@ -325,6 +325,7 @@ class Trainer:
             clip_fraction=value["clipped"] / n,
             tis_mean=value["tis"] / n,
             tis_clipped_fraction=value["tis_clipped"] / n,
+            rejected_fraction=value["rejected"] / n,
             trained_tokens=round(value["tokens"]),
             tokens=round(tokens),
             micro_batches=len(work),
@@ -356,8 +357,9 @@ class Trainer:
         for name in ("loss_mask", "weights", "advantages"):
             if getattr(batch, name) is None:
                 raise BadBatch(f"training needs {name}")
-        if settings.tis_cap > 0 and batch.rollout_logprobs is None:
-            raise BadBatch("tis_cap is set, but the batch has no rollout_logprobs")
+        for name in ("tis_cap", "reject_below", "reject_above"):
+            if getattr(settings, name) > 0 and batch.rollout_logprobs is None:
+                raise BadBatch(f"{name} is set, but the batch has no rollout_logprobs")
         if settings.kl_coef != 0 and batch.ref_logprobs is None:
             raise BadBatch("kl_coef is set, but the batch has no ref_logprobs")
 

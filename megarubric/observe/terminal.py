@@ -37,6 +37,16 @@ def step_line(step: int, steps: int, m: Mapping[str, float | int | None]) -> str
     )
 
 
+def warn_of_drift(m: Mapping[str, float | int | None], limit: float) -> None:
+    """A line when trainer and engine disagree by more than `limit` nats a token: what collapses mixtures of experts."""
+    drift = m.get("train/logprob_abs_diff")
+    if drift is not None and drift > limit:
+        say(
+            f"warning: mean |trainer - engine| log-probability is {drift:.3f}, above algorithm.drift_alarm {limit:g};"
+            " see algorithm.routing_replay, tis_mode and reject_above"
+        )
+
+
 def _cell(value: float | None) -> str:
     return "-" if value is None or value != value else f"{value:.3f}"
 

@@ -59,6 +59,7 @@ def step_metrics(
         "train/clip_fraction": last.clip_fraction,
         "train/tis_mean": first.tis_mean,
         "train/tis_clipped_fraction": first.tis_clipped_fraction,
+        "train/rejected_fraction": first.rejected_fraction,
         "train/tokens": float(sum(u.trained_tokens for u in trained.updates)),
         "train/padding_fraction": last.padding_fraction,
         "train/optimizer_steps": float(trained.steps),

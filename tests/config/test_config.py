@@ -50,6 +50,8 @@ def test_dump_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
         ("judge.kind=url", "judge.url"),
         ("judge.url=http://h", "judge.url: given, but judge.kind is frozen"),
         ("algorithm.updates_per_step=3", "does not divide"),
+        ("algorithm.reject_above=0.9", "reject_above above 1"),
+        ("algorithm.kl_coef=-1", "algorithm.kl_coef: must not be negative"),
         ("train.lr=.nan", "train.lr: nan is not a finite number"),
         ("rollout.temperature=.inf", "rollout.temperature: inf is not a finite number"),
         ("name=a/b", "is not a run name"),

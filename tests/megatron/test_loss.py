@@ -173,6 +173,31 @@ def test_truncated_importance_sampling_multiplies_the_surrogate_only(cap):
     )
 
 
+@pytest.mark.parametrize(("below", "above"), [(0.0, 0.0), (0.99, 0.0), (0.0, 1.05), (0.99, 1.1)])
+def test_masked_tokens_and_rejected_sequences_have_no_weight(below, above):
+    a = Answers(9, 0.4)
+    settings = algorithm("grpo").settings(tis_cap=1.5, tis_mode="mask", reject_below=below, reject_above=above)
+    loss, sums = policy_loss(a.now, a.entropy, a.inputs("grpo", old=a.old, rollout=a.rollout), settings)
+    expected, cut, rejected = 0.0, 0, 0
+    for advantage, tokens in a.answers():
+        rho = torch.exp(a.old[tokens] - a.rollout[tokens])
+        outside = (rho > 1.5) | (rho < 1 / 1.5)
+        cut += int(outside.sum())
+        geometric = math.exp(rho.log().mean().item())
+        if geometric < below or (above and geometric > above):
+            rejected += len(rho)
+            continue
+        r = torch.exp(a.now[tokens] - a.old[tokens])
+        surrogate = torch.min(r * advantage, r.clip(0.8, 1.2) * advantage)
+        expected = expected - (torch.where(outside, 0.0, rho) * surrogate).mean() / 6
+    assert loss.item() == pytest.approx(float(expected), rel=1e-6)
+    assert (sums.tis_clipped.item(), sums.rejected.item()) == (cut, rejected)
+    assert cut > 0 and (rejected > 0 or not (below or above))
+    (grad,) = torch.autograd.grad(loss, a.now)
+    (wanted,) = torch.autograd.grad(expected, a.now)
+    assert torch.allclose(grad, wanted, rtol=1e-5, atol=1e-9)
+
+
 def test_entropy_bonus_lowers_the_loss_by_its_weighted_mean():
     a = Answers(4)
     base, _ = policy_loss(a.now, a.entropy, a.inputs("dapo", old=a.old), algorithm("dapo").settings())
