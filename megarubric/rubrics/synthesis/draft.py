@@ -54,6 +54,10 @@ def read_object(text: str) -> dict[str, Any]:
         raise BadDraft("not JSON: nested too deeply") from None
     if body[end:].strip():
         raise BadDraft(f"text behind the JSON object: {shown(body[end:].strip()[:60])}")
+    try:
+        msgspec.json.encode(value)
+    except (UnicodeError, RecursionError, OverflowError) as error:  # half a surrogate pair, a number without an end
+        raise BadDraft(f"holds what cannot be written as JSON: {' '.join(str(error).split())[:100]}") from None
     assert isinstance(value, dict)  # it began with a brace
     return value
 

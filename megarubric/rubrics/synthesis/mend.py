@@ -52,9 +52,11 @@ def mended(rubric: Rubric, fewest: int) -> tuple[Rubric | None, list[Note]]:
     if len(rubric.criteria) < fewest:
         return None, [_too_few(len(rubric.criteria), fewest)]
     for _ in range(8 * len(rubric.criteria) + 8):  # every round repairs or drops, and a repair may need a second
-        finding = next(lint_rubric(rubric), None)
-        if finding is None:
+        findings = list(lint_rubric(rubric))
+        if not findings:
             return rubric, notes
+        # What is wrong with the whole comes last: mending a criterion may end it.
+        finding = next((f for f in findings if f.criterion is not None), findings[0])
         better = _repaired(rubric, finding)
         if better is not None and better != rubric:
             notes.append(_note(rubric, finding, "repaired"))
