@@ -122,8 +122,9 @@ def show_report(report: JudgeReport) -> None:
     """A judge's examination as tables on standard output."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     table = Table(title=f"judge {report.judge}: {report.answers} labelled answers")
-    for column in ("criterion", "n", "unread", "accuracy", "kappa", "quadratic", "alpha", "rank corr."):
-        table.add_column(column, justify="left" if column == "criterion" else "right")
+    for column in ("criterion", "n", "unread", "accuracy", "kappa", "quadratic", "alpha", "rank"):
+        first = column == "criterion"
+        table.add_column(column, justify="left" if first else "right", overflow="fold", no_wrap=not first)
     for name, a in [*report.criteria.items(), ("all", report.overall)]:
         cells = [f"{_shown(i.value)} [{_shown(i.low)}, {_shown(i.high)}]" for i in (a.accuracy, a.kappa)]
         rest = [_shown(i.value) for i in (a.quadratic_kappa, a.alpha, a.spearman)]
@@ -143,10 +144,15 @@ def show_report(report: JudgeReport) -> None:
     console.print("\n".join(lines), markup=False)
     if report.attacks is None:
         return
-    table = Table(title=f"attacks: {report.attacks.fooled:.1%} fooled, {report.attacks.fooled_uncaught:.1%} uncaught")
+    found = report.attacks
+    title = (
+        f"attacks: {found.fooled:.1%} fooled, {found.fooled_uncaught:.1%} uncaught; "
+        f"additions that attack nothing: {found.control_fooled:.1%}"
+    )
+    table = Table(title=title)
     for column in ("attack", "gain", "worst", "fooled", "unread", "caught"):
         table.add_column(column, justify="left" if column == "attack" else "right")
-    for r in sorted(report.attacks.results, key=lambda r: -r.fooled):
+    for r in [*sorted(found.results, key=lambda r: -r.fooled), *found.controls]:
         shares = [f"{x:.0%}" for x in (r.fooled, r.unread, r.caught)]
         table.add_row(r.attack, _shown(r.gain, "+.2f"), _shown(r.worst, "+.2f"), *shares)
     console.print(table)

@@ -3,8 +3,9 @@
     python -m tools.tiny_model.make tokenizer --out models/tiny-qwen3-moe      # config, tokenizer, chat template
     python -m tools.tiny_model.make rubrics --out rubrics/quickstart           # the quickstart rubrics
     python -m tools.tiny_model.make data --out build/tiny                      # rows for `megarubric sft`, judge pairs
+    python -m tools.tiny_model.make labelled --out build/judge                 # answers for `eval --suite judge`
 
-All three are deterministic. The weights come from `megarubric sft configs/tiny_sft.yaml`.
+All four are deterministic. The weights come from `megarubric sft configs/tiny_sft.yaml`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 from megarubric.judging.prompt import load_template, plain_text, render_tier
 from tools.tiny_model.judging import CRITERIA, MIX, Question, draw_drill, draw_question
 from tools.tiny_model.rubrics import quickstart_rubrics
+from tools.tiny_model.texts import load
 from tools.tiny_model.tokenizer import CONTROL_TOKENS, build_tokenizer, save_tokenizer
-from tools.tiny_model.writer import draw_copy, draw_faults, draw_request, write
+from tools.tiny_model.writer import SENTENCE_FAULTS, draw_copy, draw_faults, draw_request, write
 
 SEED = 20261103
 VOCAB_SIZE = 2560
@@ -105,6 +107,39 @@ def judge_pairs(per_criterion: int, held_out_wording: bool, seed: int = SEED) ->
             }
 
 
+def labelled_answers(
+    count: int, held_out_wording: bool, seed: int = SEED
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A rubric of all sentence faults, in the wording of the quickstart, and `count` answers in the responses format of
+    `megarubric score` whose judgements are the generator's labels. Requests have held-out slot values."""
+    rng = Random(f"labelled:{seed}:{held_out_wording}")
+    texts = load("judge")
+    criteria = [
+        {
+            "id": name,
+            "description": texts[name]["description"][0],
+            "tiers": [{"value": i, "text": texts[name][tier][0]} for i, tier in enumerate(("bad", "good"))],
+        }
+        for name in SENTENCE_FAULTS
+    ]
+    provenance = {"author": "hybrid", "model": "claude", "source": "megarubric", "licence": "Apache-2.0"}
+    rows = []
+    for i in range(count):
+        request = draw_request(rng, held_out=True)
+        faults = frozenset(name for name in SENTENCE_FAULTS if rng.random() < 0.5)
+        rows.append(
+            {
+                "id": f"labelled-{i:04d}",
+                "prompt": request.prompt,
+                "rubric": "tiny.faults",
+                "response": write(request, faults, rng, held_out_wording).text,
+                "judgements": {name: int(name not in faults) for name in SENTENCE_FAULTS},
+                "author": "generator",
+            }
+        )
+    return {"id": "tiny.faults", "version": 1, "provenance": provenance, "criteria": criteria}, rows
+
+
 def tokenizer_texts(n: int = 6000) -> Iterable[str]:
     """What the pieces are learnt from: the lines of writing and judge rows."""
     rng = Random(f"tokenizer:{SEED}")
@@ -129,7 +164,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tokenizer", "rubrics", "data"])
+    parser.add_argument("what", choices=["tokenizer", "rubrics", "data", "labelled"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--writing", type=int, default=14000, help="writing rows (data)")
     parser.add_argument("--judge", type=int, default=12000, help="judge rows (data)")
@@ -146,6 +181,11 @@ def main() -> None:
     elif options.what == "rubrics":
         write_jsonl(out / "train.jsonl", quickstart_rubrics(200, SEED, held_out=False))
         write_jsonl(out / "heldout.jsonl", quickstart_rubrics(40, SEED, held_out=True))
+    elif options.what == "labelled":
+        for name, held_out_wording in (("labelled", False), ("labelled_wording", True)):
+            rubric, rows = labelled_answers(200, held_out_wording)
+            write_jsonl(out / "rubrics.jsonl", [rubric])
+            write_jsonl(out / f"{name}.jsonl", rows)
     else:
         counts = {f"n_{name}": getattr(options, name) for name in ("writing", "judge", "drill", "copy")}
         write_jsonl(out / "sft.jsonl", training_rows(**counts, seed=options.seed))
