@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,3 +310,11 @@ def test_token_logprobs_gradient_by_finite_differences(monkeypatch):
         return logp, entropy
 
     assert torch.autograd.gradcheck(f, (logits,), eps=1e-2, atol=2e-3, rtol=2e-2, nondet_tol=0.0)
+
+
+def test_log_probabilities_never_hold_the_vocabulary_in_full_precision():
+    """At Qwen3's vocabulary, in a process of its own: less memory than one [P, V] float32, gradient included."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(root / "benchmarks/logprob.py"), "--one", "in place", "--positions", "512"]
+    out = subprocess.run([*command, "--dtype", "bfloat16"], check=True, capture_output=True, text=True)
+    assert json.loads(out.stdout)["bytes"] < 512 * 151_936 * 4 // 2
