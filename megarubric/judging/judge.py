@@ -112,6 +112,7 @@ class Judge:
         due: dict[Mode, list[Due]] = {"tier": [], "reason": [], "all": []}
         for i, item in enumerate(items):
             check_stored(item.rubric, item.stored)
+            check_stored(item.rubric, None if item.kept is None else {k: j.value for k, j in item.kept.items()})
             row: dict[str, Judgement] = {}
             for criterion in item.rubric.criteria:
                 judgement = self._without_model(item, criterion)
@@ -128,6 +129,9 @@ class Judge:
 
     def _without_model(self, item: JudgeItem, criterion: Criterion) -> Judgement | None:
         """The judgement when no judge model is needed for it, or cannot be asked; None when the model is due."""
+        if item.kept is not None and criterion.id in item.kept:
+            self.stats.stored += 1
+            return item.kept[criterion.id]
         if item.stored is not None and criterion.id in item.stored:
             self.stats.stored += 1
             return judgement_of(criterion, item.stored[criterion.id], "stored")
@@ -303,7 +307,7 @@ async def _as_coroutine[T](awaitable: Awaitable[T]) -> T:
 def judgement_of(criterion: Criterion, value: float | None, source: Source, entropy: float | None = None) -> Judgement:
     """A judgement that was read: `value` on the tier scale, None for not applicable."""
     score = None if value is None else normalise(criterion, value)
-    return Judgement(criterion.id, value, score, source, True, entropy)
+    return Judgement(criterion.id, None if value is None else float(value), score, source, True, entropy)
 
 
 def normalise(criterion: Criterion, value: float) -> float:

@@ -16,16 +16,6 @@ if TYPE_CHECKING:
 Source = Literal["check", "judge", "stored", "none"]
 
 
-class JudgeItem(msgspec.Struct, frozen=True):
-    """One answer to judge by one rubric. `stored` holds judgements that are already there, on the criterion's own tier
-    scale (None: judged and not applicable); they are used as given and never judged again."""
-
-    rubric: Rubric
-    prompt: str
-    response: str
-    stored: Mapping[str, float | None] | None = None
-
-
 class Judgement(msgspec.Struct, frozen=True):
     """The judgement of one criterion.
 
@@ -42,6 +32,18 @@ class Judgement(msgspec.Struct, frozen=True):
     entropy: float | None = None
     tier_mass: float | None = None
     reason: str | None = None
+
+
+class JudgeItem(msgspec.Struct, frozen=True):
+    """One answer to judge by one rubric. `stored` holds judgements that are already there, on the criterion's own tier
+    scale (None: judged and not applicable); `kept` those of an earlier run, whole, the unread ones included. Both are
+    used as given and never judged again."""
+
+    rubric: Rubric
+    prompt: str
+    response: str
+    stored: Mapping[str, float | None] | None = None
+    kept: Mapping[str, Judgement] | None = None
 
 
 class TierQuery(msgspec.Struct, frozen=True):

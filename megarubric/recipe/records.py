@@ -6,13 +6,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from megarubric.errors import BadInput
-from megarubric.judging.types import JudgeItem
+from megarubric.judging.types import JudgeItem, Judgement, Source
 from megarubric.observe.files import whole_file
 from megarubric.recipe.experience import Answer
 from megarubric.rollout.data import Prompt
@@ -25,11 +24,17 @@ class StoredJudgement(msgspec.Struct, frozen=True, omit_defaults=True):
 
     value: float | None
     score: float | None
-    source: str
+    source: Source
     read: bool = True
     entropy: float | None = None
     tier_mass: float | None = None
     reason: str | None = None
+
+    def judgement(self, criterion: str) -> Judgement:
+        """As it was made: what was unread then is unread, and counted, in a replay."""
+        return Judgement(
+            criterion, self.value, self.score, self.source, self.read, self.entropy, self.tier_mass, self.reason
+        )
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,8 +155,8 @@ def read_rollouts(
         seen = Prompt(prompt.id, prompt.text, prompt.rubric, np.array(r.prompt_ids, np.int32))
         samples.append(Sample(r.group, r.sample, seen, r.seed, completion))
         texts.append(r.response)
-        stored: dict[str, Any] = {name: j.value for name, j in r.judgements.items()}
-        items.append(JudgeItem(prompt.rubric, r.prompt, r.response, stored))
+        kept = {name: j.judgement(name) for name, j in r.judgements.items()}
+        items.append(JudgeItem(prompt.rubric, r.prompt, r.response, kept=kept))
     if routing is not None and offset != len(routing):
         raise BadInput(_routing_file(directory, step), None, f"holds {len(routing)} tokens, the answers have {offset}")
     return samples, texts, items

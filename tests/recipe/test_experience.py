@@ -12,10 +12,10 @@ import pytest
 from megarubric.config.schema import Algorithm, Reward, Train
 from megarubric.errors import BadInput
 from megarubric.judging.judge import Judge
-from megarubric.judging.types import JudgeItem
+from megarubric.judging.types import JudgeItem, Judgement
 from megarubric.recipe.experience import Answer, RolloutError, WritingTimes, make_batch, score
 from megarubric.recipe.learning import learning_rate
-from megarubric.recipe.records import read_rollouts, to_record, write_rollouts
+from megarubric.recipe.records import read_rollouts, write_rollouts
 from megarubric.recipe.statistics import step_metrics
 from megarubric.reward.advantages import CriterionMeans
 from megarubric.rollout.data import Prompt
@@ -120,7 +120,22 @@ def test_records_replay_to_the_same_batch_and_rewards(tmp_path: Path) -> None:
     one, two = make_batch(rows, Algorithm(), 8), make_batch(again, Algorithm(), 8)
     for name in ("tokens", "lengths", "loss_mask", "advantages", "weights", "rollout_logprobs"):
         assert getattr(one, name).tobytes() == getattr(two, name).tobytes(), name
-    assert to_record(7, again[0]).logprobs == to_record(7, rows[0]).logprobs
+    first = (tmp_path / "step_7.jsonl").read_bytes()
+    write_rollouts(tmp_path, 7, again)
+    assert (tmp_path / "step_7.jsonl").read_bytes() == first  # no judge at all, the same bytes
+
+
+def test_what_was_unread_is_unread_and_counted_in_a_replay(tmp_path: Path) -> None:
+    late = Judgement("good", None, None, "judge", False, reason="timed out after 1 s")
+    sure = Judgement("good", 0.75, 0.75, "judge", True, entropy=0.25, tier_mass=0.75)
+    one, two = answer(0, 0, 1, 4), answer(0, 1, 1, 4)
+    rows = scored([replace(a, judgements=a.judgements | {"good": j}) for a, j in ((one, late), (two, sure))])
+    write_rollouts(tmp_path, 1, rows)
+    samples, texts, items = read_rollouts(tmp_path, 1, {a.sample.prompt.id: a.sample.prompt for a in rows})
+    judged = asyncio.run(Judge(None).judge(items))
+    again = scored([Answer(s, t, j) for s, t, j in zip(samples, texts, judged)])
+    assert [a.judgements["good"] for a in again] == [late, sure] and again[0].reward == 1.0  # the check alone
+    assert step_metrics(again, 0.0, WritingTimes(), None)["judge/unread_fraction"] == 0.5
 
 
 def routed(rows: list[Answer]) -> list[Answer]:
