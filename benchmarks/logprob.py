@@ -50,7 +50,7 @@ def measure(way: str, positions: int, dtype: str, threads: int) -> dict[str, flo
     (logprobs.sum() + 0.01 * entropy.sum()).backward()
     seconds = time.perf_counter() - began
     peak = resident("VmHWM") - before
-    return {"forward": forward, "seconds": seconds, "bytes": peak, "value": float(logprobs.double().mean())}
+    return {"forward": forward, "seconds": seconds, "bytes": peak, "value": float(logprobs.detach().double().mean())}
 
 
 def main() -> None:
