@@ -32,7 +32,7 @@ def one_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["train"], ["sft"], ["eval"], ["score"], ["doctor"], ["rubrics"], ["rubrics", "lint"], ["rubrics", "import"]],
+    [[], ["train"], ["sft"], ["eval"], ["score"], ["doctor"], ["rubrics"], ["rubrics", "lint"], ["rubrics", "import"], ["rubrics", "synthesize"]],
 )
 def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:

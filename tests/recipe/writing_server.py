@@ -63,8 +63,8 @@ def judged(description: str, answer: str, listed: list[str]) -> float:
     """Probability of the second listed tier, by the words of the criterion."""
     if "moonlit" in description:
         return 0.9  # always the second listed, whichever that is
-    if "praise" in description:
-        met = "great question" not in answer
+    if "Does not" in description:
+        met = ("great question" if "praise" in description else "dear") not in answer
     else:
         words = next((p for key, p in PRESENCE.items() if key in description), None)
         met = words is not None and re.search(words, answer) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from megarubric.rubrics.synthesis.prompts import Segment
 
 # A reply that says this about a single prompt would say it again: asking anew does not help.
 _HOPELESS = ("prompt of ", "prompt too long", "HTTP 400", "HTTP 413", "HTTP 422")
+
+_EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*\Z")
 
 
 class Unreached(Exception):
@@ -58,11 +61,13 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """An open model: `name` is what provenance calls it, `judge_template` what suits it as a judge."""
+    """An open model: `name` is what provenance calls it, `judge_template` what suits it as a judge. `reasons`: its chat
+    template knows reasoning, so the empty reasoning that ends our templates is what makes it answer at once."""
 
     backend: Backend
     name: str
     judge_template: str
+    reasons: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,8 @@ async def open_models(
                 directory = checked_directory(spec, role)
                 engine = await stack.enter_async_context(engine_factory(directory, "cpu"))
                 backend = backend_for_engine(engine, directory)
-                opened[spec] = Model(backend, directory.resolve().name, template_for(spec))
+                name = directory.resolve().name
+                opened[spec] = Model(backend, name, template_for(spec), _reasons(directory))
         yield {role: opened[spec] for role, spec in roles.items()}
 
 
@@ -106,6 +112,11 @@ def checked_directory(spec: str, role: str) -> Path:
     if not (Path(spec) / "config.json").is_file():
         raise BadInput("command line", f"--{role} {spec}", "is neither a URL nor a model directory with config.json")
     return Path(spec)
+
+
+def _reasons(directory: Path) -> bool:
+    files = (directory / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return any("<think>" in file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
 
 
 def _remote(spec: str, role: str, limits: Limits, stack: contextlib.AsyncExitStack) -> Model:
@@ -154,8 +165,9 @@ class Recorded:
     It stands behind the judge as behind the drafting, one a prompt.
     """
 
-    def __init__(self, backend: Backend, journal: Journal, ledger: Ledger, prompt: str, stage: str = "judge") -> None:
-        self._backend, self._journal, self._ledger = backend, journal, ledger
+    def __init__(self, model: Model, journal: Journal, ledger: Ledger, prompt: str, stage: str = "judge") -> None:
+        backend = model.backend
+        self._model, self._backend, self._journal, self._ledger = model, backend, journal, ledger
         self._prompt, self._stage = prompt, stage
         self.grain, self.concurrency = backend.grain, backend.concurrency
 
@@ -185,6 +197,8 @@ class Recorded:
         schema: dict[str, Any] | None = None,
     ) -> list[str]:
         """The texts written for `prompts`, the i-th as draw `draws[i]`. Raises Unreached or Refused."""
+        if not self._model.reasons:
+            prompts = [without_reasoning(segments) for segments in prompts]
         queries = [
             TextQuery(
                 tuple(Part(s.text, s.trusted) for s in segments),
@@ -196,7 +210,7 @@ class Recorded:
             )
             for segments, draw in zip(prompts, draws)
         ]
-        tap = Recorded(self._backend, self._journal, self._ledger, self._prompt, stage)
+        tap = Recorded(self._model, self._journal, self._ledger, self._prompt, stage)
         replies = await tap.complete(queries)
         if len(replies) != len(queries):
             raise Unreached(f"wrong number of answers: {len(replies)} for {len(queries)} questions")
@@ -224,6 +238,12 @@ class Recorded:
         # As small as the backend likes its calls, so that what has come is written down at once.
         await asyncio.gather(*(call(due[i : i + self.grain]) for i in range(0, len(due), self.grain)))
         return [reply for reply in replies if reply is not None]
+
+
+def without_reasoning(segments: list[Segment]) -> list[Segment]:
+    """The prompt without the empty reasoning at its end."""
+    last = segments[-1]
+    return [*segments[:-1], last._replace(text=_EMPTY_REASONING.sub("", last.text))] if last.trusted else segments
 
 
 def plain_reply(reply: TierReply | TextReply) -> dict[str, Any]:

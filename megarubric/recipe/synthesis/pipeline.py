@@ -138,7 +138,7 @@ class Pipeline:
     # --- asking -------------------------------------------------------------------------------------------------
 
     def _recorded(self, role: str, row: PromptRow) -> Recorded:
-        return Recorded(self.models[role].backend, self.journal, self.ledger, row.id)
+        return Recorded(self.models[role], self.journal, self.ledger, row.id)
 
     async def _answers(self, row: PromptRow) -> list[str]:
         """Given answers, then sampled ones up to the number wanted; equal ones once, empty ones not at all."""
