@@ -49,8 +49,9 @@ def synthesize_arguments(p: argparse.ArgumentParser) -> None:
     g.add_argument("--answer-tokens", type=int, default=1024, metavar="N", help="of an answer (default 1024)")
     g.add_argument("--answer-temperature", type=float, default=1.0, metavar="T", help="of answers (default 1)")
     g.add_argument(
-        "--judge-template", action="append", default=[], metavar="NAME", help="two readings each; repeatable"
+        "--judge-template", action="append", default=[], metavar="NAME", help="a reading in each order; repeatable"
     )
+    g.add_argument("--judge-orders", choices=("both", "lowest"), default="both", help="of the tiers (default both)")
     g.add_argument("--min-variance", type=float, default=0.01, metavar="X", help="between answers (default 0.01)")
     g.add_argument("--max-disagreement", type=float, default=0.25, metavar="X", help="of readings (default 0.25)")
     g.add_argument("--min-reliability", type=float, default=0.0, metavar="X", help="ICC of readings (default 0)")

@@ -34,8 +34,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     `answers` are sampled for a prompt where fewer are given; 0 validates on given answers only. `retries` says how
     often a reply that is no draft is asked for again, `reviews` how often a draft is reviewed by the model. A rubric
-    has `fewest` to `most` criteria. `judge_templates` are asked in both orders of the tiers: one template gives two
-    readings. `family` is for prompts without one whose draft names none.
+    has `fewest` to `most` criteria. `judge_templates` are asked with the tiers lowest first and, unless `judge_orders`
+    is "lowest", highest first: a reading each. `family` is for prompts without one whose draft names none.
     """
 
     way: Way
@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_tokens: int = 3072
     answer_tokens: int = 1024
     judge_templates: tuple[str, ...] = ()
+    judge_orders: Literal["both", "lowest"] = "both"
     prefix: str = "synthetic"
     licence: str = ""
     family: Family | None = None
@@ -104,7 +105,7 @@ class Pipeline:
         self.settings, self.templates, self.models = settings, templates, models
         self.journal, self.ledger, self.sources = journal, ledger, sources
         judge_templates = settings.judge_templates or (models["judge"].judge_template,)
-        self.examiner = Examiner(judge_templates, settings.floors)
+        self.examiner = Examiner(judge_templates, settings.judge_orders == "both", settings.floors)
 
     async def rubric_for(self, row: PromptRow, rubric_id: str) -> Outcome:
         """The outcome for one prompt. Raises ProcessDied when an engine has ended."""

@@ -38,11 +38,12 @@ class Validated(msgspec.Struct, frozen=True):
 
 
 class Examiner:
-    """Judges with every template in both orders of the tiers, and applies the floors."""
+    """Judges with every template, in both orders of the tiers unless told otherwise, and applies the floors."""
 
-    def __init__(self, templates: Sequence[str], floors: Floors) -> None:
+    def __init__(self, templates: Sequence[str], both_orders: bool, floors: Floors) -> None:
         self.floors = floors
-        self.ways = [(template, highest_first) for template in templates for highest_first in (False, True)]
+        orders = (False, True) if both_orders else (False,)
+        self.ways = [(template, highest_first) for template in templates for highest_first in orders]
         self.settings = {template: JudgeSettings(template=template) for template in templates}
 
     async def examine(

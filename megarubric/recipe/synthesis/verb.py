@@ -92,6 +92,7 @@ def job_of(a: argparse.Namespace) -> Job:
             max_tokens=a.max_tokens,
             answer_tokens=a.answer_tokens,
             judge_templates=tuple(a.judge_template),
+            judge_orders=a.judge_orders,
             prefix=a.prefix,
             licence=a.licence,
             family=a.family,
@@ -316,7 +317,7 @@ def _show_plan(job: Job, rows: Sequence[PromptRow], sources: Sources, templates:
     """What would be done, and the first drafting prompt as far as it can be known before anything was asked."""
     s = job.settings
     seeds = seeds_for(rows[0], sources.seeds, s.seeds_per_prompt)
-    readings = 2 * max(1, len(s.judge_templates))
+    readings = (2 if s.judge_orders == "both" else 1) * max(1, len(s.judge_templates))
     answers = [max(s.answers, len(row.answers)) for row in rows]
     sampled = sum(max(0, s.answers - len(row.answers)) for row in rows)
     criticised = sum(answers) if s.way == "critique" else 0
