@@ -394,6 +394,19 @@ def test_kill_9_and_the_same_command_asks_nothing_twice(work: Path, after: int) 
         assert (work / "out.jsonl").read_bytes() == resumed and len(load_rubrics(work / "out.jsonl")) == 4
 
 
+def test_sigterm_is_status_3_with_the_journal_kept(work: Path) -> None:
+    with writing_server(revise=Reply(hang=True)) as server:
+        command = [sys.executable, "-m", "megarubric", "rubrics", "synthesize", "p.jsonl", "--out", "out.jsonl"]
+        process = subprocess.Popen(
+            [*command, "--model", server.url, "--way", "stronger"], cwd=work, stderr=subprocess.PIPE, text=True
+        )
+        server.on_request = lambda n: process.terminate() if server.count["revise"] else None
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 3 and "out.journal: interrupted; the same command goes on" in said.splitlines()[-1]
+    assert "Traceback" not in said and not (work / "out.jsonl").exists()
+    assert (work / "out.journal").read_text().count('"stage":"draft"') == 1
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 

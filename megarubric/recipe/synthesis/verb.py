@@ -6,10 +6,11 @@ import argparse
 import asyncio
 import contextlib
 import re
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def run_synthesize(job: Job, engine_factory: EngineFactory, *, dry_run: bool = F
 
     Writes `job.out` (rubrics, JSONL), `job.report` (a reason for everything left out) and `job.journal` (replies, so
     that the same command goes on where it stopped). Raises BadInput for what makes the whole job impossible, and
-    Interrupted after Ctrl-C, with the journal as it was.
+    Interrupted after Ctrl-C or SIGTERM, with the journal as it was.
     """
     rows, bad = read_prompt_rows(job.prompts, job.limit)
     sources = _sources(job)
@@ -154,8 +155,8 @@ def run_synthesize(job: Job, engine_factory: EngineFactory, *, dry_run: bool = F
     began = time.monotonic()
     with contextlib.closing(Journal(job.journal)) as journal:
         try:
-            outcomes, costs = asyncio.run(_run(job, rows, sources, templates, journal, engine_factory))
-        except KeyboardInterrupt:
+            outcomes, costs = asyncio.run(_until_told(_run(job, rows, sources, templates, journal, engine_factory)))
+        except (asyncio.CancelledError, KeyboardInterrupt):
             raise Interrupted(f"{job.journal}: interrupted; the same command goes on from here") from None
         replayed = journal.replayed
     outcomes = _without_repeats(outcomes, existing)
@@ -168,6 +169,15 @@ def run_synthesize(job: Job, engine_factory: EngineFactory, *, dry_run: bool = F
     else:
         _say(job, outcomes, costs, seconds)
     return 1 if bad or any(o.status == "failed" for o in outcomes) else 0
+
+
+async def _until_told[T](work: Coroutine[Any, Any, T]) -> T:
+    """`work`, cancelled by SIGTERM as it is by Ctrl-C: engines are ended, the journal is closed."""
+    task = asyncio.current_task()
+    assert task is not None
+    with contextlib.suppress(RuntimeError, ValueError):  # not the main thread: whoever owns it decides
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await work
 
 
 async def _run(
