@@ -76,7 +76,7 @@ def _score(a: argparse.Namespace) -> int:
         judge=a.judge,
         device=a.device,
         engine_factory=judge_engine,
-        settings=settings_for(a.judge, a.template, a.mode, a.draws, a.temperature),
+        settings=settings_for(a.judge, a.template, a.mode, a.draws, a.temperature, a.timeout),
         cache=a.cache,
         replay_only=a.replay_only,
         second=a.second_judge,
@@ -195,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, metavar="T", help="of the draws (default 0, or 0.7 for several)")
     p.add_argument("--second-judge", metavar="MODEL_DIR|URL", help="asked where the first is unsure or unread")
     p.add_argument("--calibration", type=Path, metavar="FILE", help="corrects the judge's scores (eval makes it)")
+    p.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for one call (default 120)")
     p.add_argument("--max-requests", type=int, default=0, metavar="N", help="budget of a URL; beyond it: unread")
     p.add_argument("--cache", type=Path, metavar="FILE", help="SQLite file of judgements: nothing is judged twice")
     p.add_argument("--replay-only", action="store_true", help="with --cache: ask no judge at all")

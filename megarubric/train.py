@@ -71,7 +71,7 @@ async def train(run: Run) -> None:
                 sent = await system.publish(state.version, c.exchange.verify)
 
         state.step = step
-        metrics = step_metrics(answers, degenerate, times, trained) | clock.seconds
+        metrics = step_metrics(answers, degenerate, times, trained) | judge.metrics() | clock.seconds
         metrics["perf/exchange_bytes"] = sent
         metrics["train/weight_version"] = state.version
         last = step == c.train.steps

@@ -165,6 +165,12 @@ class JudgeCache:
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
+    @property
+    def hit_rate(self) -> float:
+        """Hits over look-ups of this process, 0 before the first."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 0.0
+
     def judges(self) -> list[str]:
         """The identities whose replies are stored, in alphabetical order."""
         query = "SELECT DISTINCT judge FROM reply ORDER BY judge"

@@ -18,6 +18,7 @@ from itertools import groupby
 import msgspec
 
 from megarubric.errors import BadInput, ProcessDied
+from megarubric.judging.cache import JudgeCache
 from megarubric.judging.calibration import Calibration
 from megarubric.judging.modes import Drawn, Due, Mode, Way, all_query, read_all, read_reasoned, reason_query, tier_query
 from megarubric.judging.prompt import Template, load_template
@@ -40,6 +41,7 @@ from megarubric.rubrics.parse import shown
 
 log = logging.getLogger(__name__)
 _MAX_TIERS = 26
+_TOLD = ("asked", "unread", "calls", "retried", "escalated")
 
 
 class JudgeStats(msgspec.Struct):
@@ -82,7 +84,9 @@ class Judge:
         self.second = second
         self.calibration = calibration
         self.settings = settings or JudgeSettings()
+        self.cache: JudgeCache | None = None  # where the backends keep replies; looked at for its hit rate only
         self.stats = JudgeStats()
+        self._told = dict.fromkeys(_TOLD, 0)
         self.templates = load_templates(self.settings)
         self._slots = {id(b): asyncio.Semaphore(b.concurrency) for b in (backend, second) if b is not None}
         for b in (backend, second):
@@ -96,6 +100,16 @@ class Judge:
         templates = [self.templates[mode].hash for mode in sorted({s.mode, *s.modes.values()})]
         modes = [f"{glob} {mode}" for glob, mode in s.modes.items()]
         return content_hash(*templates, s.mode, *modes, str(s.draws), repr(s.temperature), str(s.max_tokens))[:16]
+
+    def metrics(self) -> dict[str, float]:
+        """What has happened since this was last called, by the names of metrics.jsonl; the cache's hit rate is that of
+        the whole process."""
+        now = {name: getattr(self.stats, name) for name in _TOLD}
+        values = {f"judge/{name}": float(now[name] - self._told[name]) for name in _TOLD}
+        self._told = now
+        if self.cache is not None:
+            values["judge/cache_hit_rate"] = self.cache.hit_rate
+        return values
 
     async def judge(
         self, items: Sequence[JudgeItem], *, draw: int = 0, highest_first: bool = False

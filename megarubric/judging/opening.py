@@ -113,6 +113,7 @@ def assembled(
         for b in (first, second)
     )
     judge = Judge(first, settings, second=second)
+    judge.cache = cache
     if calibration is not None and first is not None:
         judge.calibration = Calibration.load(calibration, first.identity, judge.asked)
     return judge
@@ -151,7 +152,12 @@ def template_for(judge: str) -> str:
 
 
 def settings_for(
-    judge: str, template: str | None, mode: Mode = "tier", draws: int = 1, temperature: float | None = None
+    judge: str,
+    template: str | None,
+    mode: Mode = "tier",
+    draws: int = 1,
+    temperature: float | None = None,
+    timeout_s: float = 120.0,
 ) -> JudgeSettings:
     """Settings of the judge of that name where there is no configuration. `template` is that of `mode`, None the one
     that fits the judge; `temperature` None is 0, or 0.7 for several draws. Raises BadInput for what cannot be."""
@@ -163,8 +169,10 @@ def settings_for(
         raise BadInput("command line", f"--temperature {degrees:g}", reason)
     if draws > 1 and mode == "tier":
         raise BadInput("command line", f"--draws {draws}", "mode tier gives a distribution at once: one draw is all")
+    if timeout_s <= 0:
+        raise BadInput("command line", f"--timeout {timeout_s:g}", "must be above 0")
     tier = template if template and mode == "tier" else template_for(judge)
-    settings = JudgeSettings(template=tier, mode=mode, draws=draws, temperature=degrees)
+    settings = JudgeSettings(template=tier, mode=mode, draws=draws, temperature=degrees, timeout_s=timeout_s)
     if template and mode != "tier":
         return msgspec.structs.replace(settings, **{f"{mode}_template": template})
     return settings
