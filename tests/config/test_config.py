@@ -28,6 +28,45 @@ def test_defaults_and_overrides(minimal: Path) -> None:
     assert config.algorithm.name == "grpo"
 
 
+JUDGE_REFUSALS = [
+    ("kind: none, cache: j.db", "judge.cache: given, but judge.kind is none"),
+    ("kind: none, second: m", "judge.second: given, but judge.kind is none"),
+    ("kind: url, url: 'localhost:80'", "judge.url: localhost:80 does not start with http"),
+    ("kind: url, url: 'http://h', model: m", "judge.model: given, but judge.kind is url"),
+    ("mode: essay", "judge.mode: invalid enum value"),
+    ("modes: {calm: essay}", "judge.modes"),
+    ("draws: 3, temperature: 1", "judge.draws: 3, but no criterion is asked in a mode that writes"),
+    ("draws: 3, mode: reason", "judge.temperature: 3 draws at temperature 0 are one draw"),
+    ("draws: 3, modes: {calm: reason}", "judge.temperature: 3 draws"),
+    ("draws: 0", "judge.draws: must be above 0"),
+    ("mode: all, max_tokens: 1024", "judge.max_tokens: 1024 leave no room for the prompt"),
+    ("temperature: -1", "judge.temperature: must not be negative"),
+    ("retries: -1", "judge.retries: must not be negative"),
+    ("escalate_above: 1.5", "judge.escalate_above: must be in [0, 1]"),
+    ("second_template: tier", "judge.second_template: given, but judge.second names no second judge"),
+    ("replay_only: true", "judge.replay_only: needs judge.cache"),
+    ("kind: policy, replay_only: true, cache: j.db", "judge.replay_only: judge.kind is policy"),
+    ("kind: policy, calibration: c.json", "judge.calibration: fitted for one judge"),
+    ("max_requests: 9", "judge.max_requests: given, but judge.kind is frozen"),
+]
+
+
+@pytest.mark.parametrize(("section", "words"), JUDGE_REFUSALS)
+def test_a_judge_that_cannot_be_is_refused_in_a_sentence(minimal: Path, section: str, words: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        load_train(minimal, [f"judge={{{section}}}"])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_judge_with_everything(minimal: Path) -> None:
+    section = (
+        "kind: url, url: 'http://h/v1', modes: {'no-*': tier, 'r.*/calm': reason}, mode: all, draws: 3, "
+        "temperature: 0.7, second: m, second_template: tier_compact, calibration: c.json, cache: j.db, max_requests: 9, escalate_above: 1"
+    )
+    judge = load_train(minimal, [f"judge={{{section}}}"]).judge
+    assert list(judge.modes.items()) == [("no-*", "tier"), ("r.*/calm", "reason")] and judge.draws == 3
+
+
 def test_dump_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
     config = load_train(minimal, ["train.lr=3e-4"])
     again = tmp_path / "again.yaml"

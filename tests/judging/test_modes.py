@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from megarubric.errors import BadInput
+from megarubric.judging.backends import model_identity
 from megarubric.judging.cache import CachedBackend, JudgeCache
 from megarubric.judging.calibration import Calibration, Map
 from megarubric.judging.judge import Judge
 from megarubric.judging.modes import Due, Way, all_query, reason_query
+from megarubric.judging.opening import assembled, replayed, settings_for
 from megarubric.judging.parser import parse_all, parse_pair_scores, parse_reasoned, parse_tier, parse_tier_json
 from megarubric.judging.prompt import load_template, plain_text
 from megarubric.judging.settings import JudgeSettings
@@ -169,6 +171,35 @@ def test_the_config_chooses_per_criterion() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [
+        ({"a": "reason"}, ("reason", "tier")),
+        ({"[ab]": "all", "a": "reason"}, ("all", "all")),  # the first that fits
+        ({"a": "reason", "*": "all"}, ("reason", "all")),
+        ({"r/*": "all"}, ("all", "all")),
+        ({"other/*": "all", "r*/b": "reason"}, ("tier", "reason")),
+        ({"*/b": "reason"}, ("tier", "reason")),
+        ({"A": "reason"}, ("tier", "tier")),
+    ],
+)
+def test_globs_choose_the_mode(modes: dict[str, Any], expected: tuple[str, str]) -> None:
+    settings = JudgeSettings(modes=modes)
+    assert tuple(settings.mode_of(RUBRIC, c) for c in RUBRIC.criteria) == expected
+
+
+def test_a_glob_that_fits_nothing_is_a_slip_of_the_pen() -> None:
+    JudgeSettings(modes={"a": "all", "r/b": "reason"}).check_modes([RUBRIC], "run.yaml")
+    with pytest.raises(BadInput, match=r"run\.yaml: judge\.modes: 'calm' fits no judged criterion"):
+        JudgeSettings(modes={"a": "all", "calm": "reason"}).check_modes([RUBRIC], "run.yaml")
+
+
+def test_a_template_of_the_other_kind_is_refused() -> None:
+    for settings in ({"template": "all"}, {"reason_template": "all"}, {"all_template": "tier"}):
+        with pytest.raises(BadInput, match="cannot be the template of mode"):
+            Judge(None, JudgeSettings(**settings))
+
+
 def test_the_median_of_the_draws_counts_and_their_spread_is_kept() -> None:
     verdicts = ["Tier [0]", "Tier [2]", "Tier [1]", "Tier [1]", "no idea"]
     writer = Writer(lambda q: verdicts[q.draw])
@@ -225,6 +256,25 @@ def test_a_second_judge_is_asked_where_the_first_is_unsure(
     assert j.stats.escalated == escalated == len(other.asked) and j.stats.asked == 1
 
 
+def test_the_second_judge_is_asked_in_the_modes_that_write_too() -> None:
+    split = ["Tier [0]", "Tier [2]", "Tier [1]"]
+    first, second = Writer(lambda q: split[q.draw]), Writer(lambda q: "Tier [1]")
+    rows, j = judge(first, second=second, mode="reason", draws=3, temperature=1.0, modes={"b": "tier"})
+    assert rows[0]["a"].value == 2 and j.stats.escalated == 2  # a: three draws, three tiers; b: unread
+    one, two = Writer(lambda q: "1: Tier [2]"), Writer(lambda q: "1: Tier [1]")
+    rows, j = judge(one, second=two, mode="all")
+    assert rows[0]["a"].value == 10 and rows[0]["b"].value == 1  # only b was unread, and asked about alone
+    assert "First." not in plain_text(two.asked[0].parts)
+
+
+def test_the_second_judge_has_its_own_template_and_no_calibration() -> None:
+    halves = Calibration("writer", {"*": Map((0.0, 1.0), (0.0, 0.5), 99)})
+    first, second = Writer(tier=TierReply(error="down")), Writer(tier=TierReply(verdict=1))
+    rows, _ = judge(first, second=second, calibration=halves, template="tier_compact", second_template="tier")
+    assert rows[0]["b"].score == 1.0 and "system" in plain_text(second.asked[0].parts)
+    assert "system" not in plain_text(first.asked[0].parts)
+
+
 def test_calibration_is_applied_to_what_the_judge_says_and_to_nothing_else() -> None:
     calibration = Calibration("writer", {"r/a": Map((0.0, 1.0), (0.0, 0.5), 99)})
     rows, _ = judge(Writer(lambda q: "1: Tier [2]\n2: Tier [1]"), calibration=calibration, mode="all")
@@ -245,6 +295,64 @@ def test_texts_are_kept_and_replayed(tmp_path: Path) -> None:
     missing, _ = judge(CachedBackend(None, cache, identity="writer"), mode="reason")
     assert "replay" in (missing[0]["a"].reason or "")
     cache.close()
+
+
+def test_whose_judgements_a_replay_reads(tmp_path: Path) -> None:
+    cache = JudgeCache(tmp_path / "judge.db")
+    with pytest.raises(BadInput, match="holds no judgements"):
+        replayed(cache, "none")
+
+    def keep(*identities: str) -> None:
+        for identity in identities:
+            asyncio.run(cache.put(identity, {identity: b"x"}))
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"hidden_size": 8}')
+    float32 = model_identity(model, "float32")
+    keep(float32)
+    assert replayed(cache, "none").identity == float32
+    keep("openai:http://h/v1#big", "openai:http://h/v1#small", model_identity(model, "bfloat16"))
+    assert replayed(cache, "http://h#small").identity == "openai:http://h/v1#small"
+    assert replayed(cache, str(model), "float32").identity == float32 == replayed(cache, float32).identity
+    for name in ("none", "http://h", str(model)):
+        with pytest.raises(BadInput, match="several judges"):
+            replayed(cache, name)
+    for name in ("http://other", "http://h#huge", str(tmp_path / "gone")):
+        with pytest.raises(BadInput, match="holds none of"):
+            replayed(cache, name)
+    (model / "config.json").write_text('{"hidden_size": 9}')  # another model under the same name
+    with pytest.raises(BadInput, match="holds none of"):
+        replayed(cache, str(model), "float32")
+    cache.close()
+
+
+def test_a_calibration_belongs_to_a_judge_and_to_a_way_of_asking(tmp_path: Path) -> None:
+    asked = judge(Writer())[1].asked
+    Calibration("writer", {}, asked=asked).save(tmp_path / "c.json")
+    parts = (Writer(), None)
+    assert assembled(*parts, JudgeSettings(), None, tmp_path / "c.json").calibration is not None
+    with pytest.raises(BadInput, match="other templates, modes or draws"):
+        assembled(*parts, JudgeSettings(template="tier_compact"), None, tmp_path / "c.json")
+    Calibration("another", {}, asked=asked).save(tmp_path / "c.json")
+    with pytest.raises(BadInput, match="fitted for another, the judge is writer"):
+        assembled(*parts, JudgeSettings(), None, tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"draws": 0}, "at least 1"), ({"draws": 2}, "mode tier"), ({"temperature": -1.0}, "negative"),
+     ({"mode": "reason", "draws": 2, "temperature": 0.0}, "one draw"), ({"timeout_s": 0.0}, "above 0")],
+)  # fmt: skip
+def test_options_that_cannot_be(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadInput, match=reason):
+        settings_for("none", None, **changes)
+
+
+def test_options_name_the_template_of_their_mode() -> None:
+    chosen = settings_for("none", "mine.txt", "all", 3)
+    assert (chosen.all_template, chosen.template, chosen.temperature) == ("mine.txt", "tier", 0.7)
+    assert settings_for("none", "tier_compact").template == "tier_compact"
 
 
 def test_queries_of_different_modes_have_different_names() -> None:

@@ -1,16 +1,25 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import json
 import math
 import time
 from typing import Any
 
+import httpx
 import pytest
 from http_judge import Handler, HttpJudge, Reply, chat_reply, http_judge
 
 from megarubric.errors import BadInput
-from megarubric.judging.backends.openai import OpenAIBackend, OpenAISettings, api_base, first_model
+from megarubric.judging.backends.openai import (
+    OpenAIBackend,
+    OpenAISettings,
+    _duration,
+    _retry_after,
+    api_base,
+    first_model,
+)
 from megarubric.judging.prompt import load_template, render_tier
 from megarubric.judging.types import TextQuery, TextReply, TierQuery, TierReply
 
@@ -58,6 +67,9 @@ def test_tier_log_probabilities_sum_the_spellings_of_a_sign() -> None:
 def test_the_verdict_is_found_behind_the_agreed_prefix_and_nowhere_else() -> None:
     prefixed = [("Tier", {}), (" [", {}), *GOOD, ("]", {})]
     assert ask(always(chat_reply(prefixed)))[0][0].logprobs == pytest.approx((math.log(0.3), math.log(0.6)))
+    for rest in ("0", ".5", "/2", "st"):  # ten, one and a half, one of two, first: none of them is tier 1
+        longer = [*GOOD, (rest, {})]
+        assert "no tier in the reply" in (ask(always(chat_reply(longer)))[0][0].error or ""), rest
     chatter = [("I", {}), (" give", {}), (" ", {}), *GOOD]
     assert "no tier in the reply" in (ask(always(chat_reply(chatter)))[0][0].error or "")
 
@@ -141,6 +153,44 @@ def test_a_server_with_no_requests_left_is_left_alone_until_it_resets() -> None:
     assert arrivals[1] - arrivals[0] >= 0.3
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "0.3s"},
+        {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": str(int(time.time()) + 3600)},
+    ],
+    ids=["tokens", "moment"],
+)
+def test_other_ways_of_saying_that_nothing_is_left(headers: dict[str, str]) -> None:
+    arrivals: list[float] = []
+
+    def handler(server: HttpJudge, path: str, body: dict[str, Any]) -> Reply:
+        arrivals.append(time.monotonic())
+        reply = chat_reply(GOOD)
+        reply.headers = headers if len(server.requests) == 1 else {}
+        return reply
+
+    ask(handler, n=2, concurrency=1, deadline_s=0.3)  # no wait is longer than the deadline
+    assert len(arrivals) == 1 or arrivals[1] - arrivals[0] >= 0.29
+
+
+def test_what_a_server_says_about_waiting() -> None:
+    headers = [
+        ({"retry-after-ms": "250"}, 0.25),
+        ({"retry-after": "2"}, 2.0),
+        ({"retry-after": "soon"}, None),
+        ({}, None),
+    ]
+    for given, seconds in headers:
+        assert _retry_after(httpx.Headers(given)) == seconds
+    past = email.utils.formatdate(time.time() - 60, usegmt=True)
+    assert _retry_after(httpx.Headers({"retry-after": past})) == 0.0
+    for text, expected in (("1s", 1.0), ("6m0.5s", 360.5), ("20ms", 0.02), ("3", 3.0), ("", None), ("1 s", None)):
+        assert _duration(text) == expected
+    assert _duration(str(time.time() + 50)) == pytest.approx(50, abs=5)
+    assert _duration("1" * 100_000 + "x") is None  # at once
+
+
 def test_a_server_that_is_down_is_left_alone_and_asked_again_later() -> None:
     def handler(server: HttpJudge, path: str, body: dict[str, Any]) -> Reply:
         return Reply(b"", 500) if len(server.requests) <= 8 else chat_reply(GOOD)
@@ -193,6 +243,11 @@ def test_the_budget_is_kept(budget: dict[str, int], sent: int) -> None:
     replies, server, _ = ask(always(chat_reply(GOOD)), n=8, concurrency=1, **budget)
     assert len(server.requests) == sent
     assert sum("budget spent" in (r.error or "") for r in replies) == 8 - sent
+
+
+def test_a_budget_of_requests_is_never_exceeded_however_many_wait() -> None:
+    replies, server, _ = ask(always(Reply(b"", 429, {"retry-after": "0.05"})), n=12, concurrency=12, max_requests=20)
+    assert len(server.requests) == 20 and all(r.error for r in replies)
 
 
 def test_completions_are_the_fallback_and_stay_so() -> None:
