@@ -61,7 +61,8 @@ def test_a_judge_that_cannot_be_is_refused_in_a_sentence(minimal: Path, section:
 def test_a_judge_with_everything(minimal: Path) -> None:
     section = (
         "kind: url, url: 'http://h/v1', modes: {'no-*': tier, 'r.*/calm': reason}, mode: all, draws: 3, "
-        "temperature: 0.7, second: m, second_template: tier_compact, calibration: c.json, cache: j.db, max_requests: 9, escalate_above: 1"
+        "temperature: 0.7, second: m, "
+        "second_template: tier_compact, calibration: c.json, cache: j.db, max_requests: 9, escalate_above: 1"
     )
     judge = load_train(minimal, [f"judge={{{section}}}"]).judge
     assert list(judge.modes.items()) == [("no-*", "tier"), ("r.*/calm", "reason")] and judge.draws == 3
