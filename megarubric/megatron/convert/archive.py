@@ -13,7 +13,6 @@ from typing import Any
 
 import xxhash
 
-from megarubric.megatron.hf_files import ITEM_BYTES
 from megarubric.megatron.torch_dist import DTYPES, STORAGES
 
 _ALIGNMENT = 64  # of the numbers in an archive, as torch writes it
@@ -118,6 +117,11 @@ def _tensor_pickle(dtype: str, sizes: tuple[int, ...]) -> bytes:
     return b"\x80\x02" + b"ctorch._utils\n_rebuild_tensor_v2\n" + made_from + b"R."
 
 
+def import_torch() -> None:
+    """What `write_metadata` needs, and what takes as long as copying some gigabytes."""
+    import torch.distributed.checkpoint  # noqa: F401
+
+
 def write_metadata(
     weights: Path,
     shapes: dict[str, tuple[int, ...]],
@@ -171,6 +175,3 @@ def _extra_states(shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
             count = shape[0] if len(shape) == 3 else 1
             for number in range(count):
                 yield f"{module}._extra_state/shard_{number}_{count}"
-
-
-__all__ = ["ITEM_BYTES", "HashedFile", "write_archive", "write_metadata"]

@@ -104,6 +104,8 @@ class Sources:
         descriptor = self._files.get(part.path)
         if descriptor is None:
             descriptor = self._files[part.path] = os.open(part.path, os.O_RDONLY)
+        if len(view) == BUFFER_BYTES:  # the disk reads ahead while this is written
+            os.posix_fadvise(descriptor, offset + BUFFER_BYTES, 2 * BUFFER_BYTES, os.POSIX_FADV_WILLNEED)
         done = 0
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], offset + done)

@@ -89,7 +89,7 @@ class _Conversion:
             self._carry(self.source)
             (self.partial / plan.CUT).write_bytes(msgspec.json.encode(cut))
             (self.partial / WEIGHTS).mkdir(exist_ok=True)
-            self._run("writing distributed checkpoint", units, self._write_archives, results)
+            self._run("writing distributed checkpoint", units, self._write_archives, results, archive.import_torch)
             stored = (
                 (a.key, a.dtype, a.offsets, a.sizes, unit.file, *place)
                 for number, unit in enumerate(units)
@@ -257,6 +257,7 @@ class _Conversion:
         units: list[plan.Unit],
         write: Callable[[plan.Unit, pool.Count], Any],
         results: dict[int, Any],
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         left = [number for number in range(len(units)) if number not in results]
         before = sum(units[number].nbytes for number in results)
@@ -274,6 +275,7 @@ class _Conversion:
                 processes=self.options.workers,
                 finished=finished,
                 progress=lambda done: self.progress.advance(before + done),
+                meanwhile=meanwhile,
             )
         finally:
             self.progress.end()

@@ -38,8 +38,11 @@ def run(
     processes: int,
     finished: Callable[[int, Any], None],
     progress: Callable[[int], None],
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Do `work` for each of `units`; `finished` gets each result as it comes, `progress` all bytes done so far.
+
+    `meanwhile` is called in this process once the others are at work.
 
     Raises BadInput when a unit does, and ProcessDied when a process was killed; what was finished stays so.
     """
@@ -92,6 +95,7 @@ def run(
     with _started([context.Process(target=child, args=(rank,), daemon=True) for rank in range(processes)]) as children:
         for _, write_end in pipes:
             os.close(write_end)
+        meanwhile()
         for line in _lines([read_end for read_end, _ in pipes], lambda: progress(sum(counters))):
             answer = msgspec.json.decode(line, type=Answer)
             if answer.error:
