@@ -30,6 +30,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import (  # noqa: E402
     TransformerBlockSubmodules,
@@ -140,7 +141,9 @@ def decoder_spec(config: TransformerConfig, vp_stage: int | None = None) -> Tran
     if config.transformer_impl == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
+    if config.num_moe_experts is None:
+        frequency = [0] * config.num_layers
+    elif isinstance(frequency, int):
         frequency = [int(i % frequency == 0) for i in range(config.num_layers)]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -153,7 +156,11 @@ def decoder_spec(config: TransformerConfig, vp_stage: int | None = None) -> Tran
 def _local_layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if moe:
-        mlp = partial(MoELayer, submodules=MoESubmodules(experts=partial(SequentialMLP, submodules=linears)))
+        parts = MoESubmodules(
+            experts=partial(SequentialMLP, submodules=linears),
+            shared_experts=partial(SharedExpertMLP, submodules=linears),
+        )
+        mlp = partial(MoELayer, submodules=parts)
     else:
         mlp = partial(MLP.as_mlp_submodule, submodules=linears)
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
