@@ -69,10 +69,14 @@ def train_step(trainer: Any) -> dict[str, Any]:
     return msgspec.to_builtins(trainer.train(batch, algorithm("grpo").settings(), 1e-3)[0])
 
 
-def make_checkpoints(root: str, config: dict[str, Any]) -> None:
+SHARED = CONFIG | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 48, "mlp_only_layers": []}
+
+
+def make_checkpoints(root: str, hf: dict[str, Any], config: dict[str, Any]) -> None:
     """On this layout: a Hugging Face export, then a training checkpoint and the export of the same weights."""
+    Path(root).mkdir(exist_ok=True)
     (Path(root) / "fresh").mkdir(exist_ok=True)
-    (Path(root) / "fresh" / "config.json").write_text(json.dumps(CONFIG))
+    (Path(root) / "fresh" / "config.json").write_text(json.dumps(hf))
     trainer = make_trainer(f"{root}/fresh", config, init="random")
     trainer.export_hf(f"{root}/hf")
     train_step(trainer)
@@ -115,15 +119,24 @@ def start_from(directory: str, config: dict[str, Any], read_by_megatron: bool = 
 
 @pytest.fixture(scope="module")
 def checkpoints(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saved by two ranks that divide columns of dense and expert linears between them."""
+    """Saved by two ranks that divide columns of dense and expert linears between them; a directory a family."""
     root = tmp_path_factory.mktemp("checkpoints")
-    ranks(2, make_checkpoints, root=str(root), config={"tp": 2, "etp": 2})
-    convert(root / "hf", root / "converted", Options(processes=1), Lines())
+    for hf in (CONFIG, SHARED):
+        place = root / hf["model_type"]
+        ranks(2, make_checkpoints, root=str(place), hf=hf, config={"tp": 2, "etp": 2})
+        convert(place / "hf", place / "converted", Options(processes=1), Lines())
     return root
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2, "ep": 2}, {"pp": 2}], ids=["tp2-ep2", "pp2"])
-def test_training_starts_from_a_converted_checkpoint(layout: dict[str, int], ranks: Any, checkpoints: Path) -> None:
+@pytest.mark.parametrize(
+    "family,layout",
+    [("qwen3_moe", {"tp": 2, "ep": 2}), ("qwen3_moe", {"pp": 2}), ("qwen2_moe", {"tp": 2, "ep": 2})],
+    ids=["tp2-ep2", "pp2", "shared-tp2-ep2"],
+)
+def test_training_starts_from_a_converted_checkpoint(
+    family: str, layout: dict[str, int], ranks: Any, checkpoints: Path
+) -> None:
+    checkpoints = checkpoints / family
     theirs = ranks(2, start_from, directory=str(checkpoints / "hf"), config=layout)
     ours = ranks(2, start_from, directory=str(checkpoints / "converted"), config=layout)
     assert ours == theirs
@@ -133,7 +146,9 @@ def test_training_starts_from_a_converted_checkpoint(layout: dict[str, int], ran
         assert megatron == {"weights": found["weights"], "checksum": found["checksum"]}
 
 
-def test_a_training_checkpoint_becomes_a_hugging_face_one(checkpoints: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_a_training_checkpoint_becomes_a_hugging_face_one(family: str, checkpoints: Path, tmp_path: Path) -> None:
+    checkpoints = checkpoints / family
     saved, trained = checkpoints / "step_1", checkpoints / "trained"
     convert(saved, tmp_path / "out", Options(processes=2, config=checkpoints / "hf"), Lines())
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
