@@ -52,7 +52,7 @@ def test_dry_run_prints_everything_and_starts_nothing(tmp_path: Path, capsys: py
     ("override", "words"),
     [
         ("rollout.engins=1", "rollout.engins: unknown key; did you mean engines?"),
-        ("parallel.tp=4", "is not a multiple of tp"),
+        ("parallel.tp=4", "ranks cannot be divided by tp 4"),
         ("model.path=nowhere", "nowhere/config.json: no such file"),
         ("data.train=none.jsonl", "none.jsonl: no such file"),
         ("judge.template=none", "template: none"),
@@ -90,8 +90,8 @@ def test_bad_arguments_are_one_line(argv: list[str], words: str, capsys: pytest.
 
 def test_layouts_the_model_cannot_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["train", CONFIG, f"runs_dir={tmp_path}"]
-    assert "3 does not divide the model's 8 experts" in one_line(capsys, *args, "parallel.ranks=3", "parallel.ep=3")
-    assert "does not divide the model's 4 layers" in one_line(capsys, *args, "parallel.ranks=3", "parallel.pp=3")
+    assert "8 experts cannot be divided by ep 3" in one_line(capsys, *args, "parallel.ranks=3", "parallel.ep=3")
+    assert "4 layers cannot be divided by pp 3" in one_line(capsys, *args, "parallel.ranks=3", "parallel.pp=3")
 
 
 def test_empty_and_malformed_prompt_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

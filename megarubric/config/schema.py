@@ -10,6 +10,9 @@ from typing import Literal
 
 import msgspec
 
+from megarubric.config.layout import ParallelLayout
+from megarubric.errors import BadInput
+
 JudgeMode = Literal["tier", "reason", "all"]
 
 
@@ -149,6 +152,11 @@ class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     threads: int | None = None  # CPU threads a rank; null = cores / ranks
     master_port: int | None = None  # null = a free one
 
+    @property
+    def layout(self) -> ParallelLayout:
+        """The degrees as Megatron sees them."""
+        return ParallelLayout(tp=self.tp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp, cp=self.cp)
+
 
 class Exchange(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weight exchange: flat buckets in shared memory, two of `bucket_mb` MiB each."""
@@ -247,13 +255,13 @@ def _positive(section: Section, name: str, *fields: str) -> str | None:
 
 def check_parallel(p: Parallel) -> str | None:
     """First thing wrong with the layout itself (what depends on the model is checked against its config), or None."""
-    wrong = _positive(p, "parallel", "ranks", "tp", "pp", "cp", "ep", "etp")
+    wrong = _positive(p, "parallel", "ranks")
     if wrong:
         return wrong
-    if p.ranks % (p.tp * p.pp * p.cp):
-        return f"parallel: ranks {p.ranks} is not a multiple of tp * pp * cp = {p.tp * p.pp * p.cp}"
-    if (p.ranks // p.pp) % (p.ep * p.etp):
-        return f"parallel: ranks / pp = {p.ranks // p.pp} is not a multiple of ep * etp = {p.ep * p.etp}"
+    try:
+        p.layout.check(p.ranks)
+    except BadInput as error:
+        return f"parallel.{error.item}: {error.reason}"
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import sys
@@ -16,6 +15,8 @@ import msgspec
 from megarubric.config import SftConfig, TrainConfig
 from megarubric.config.schema import Parallel, Train
 from megarubric.errors import BadInput
+from megarubric.megatron.dist_files import is_megatron
+from megarubric.megatron.families import family_of, read_config
 from megarubric.megatron.messages import WorkerConfig
 from megarubric.rollout.messages import EngineConfig
 
@@ -25,31 +26,18 @@ MODULES = {"trainer": "megarubric.megatron.worker", "engine": "megarubric.rollou
 def read_hf_config(model_dir: str, key: str = "model.path") -> dict[str, Any]:
     """config.json of a Hugging Face directory. Raises BadInput naming the file and the `key` that named it."""
     path = Path(model_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(path, None, f"no such file: {key} is not a Hugging Face directory") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(path, None, f"cannot be read: {error}") from None
-    if not isinstance(config, dict) or "hidden_size" not in config:
-        raise BadInput(path, None, "is not a decoder configuration (no hidden_size)")
-    return config
+    if not path.is_file():
+        raise BadInput(path, None, f"no such file: {key} is not a Hugging Face directory")
+    return read_config(path)[0]
 
 
 def check_layout(hf: dict[str, Any], p: Parallel, where: object) -> None:
-    """Refuse a layout that this model cannot have. Raises BadInput with the first reason."""
-    heads, kv = hf["num_attention_heads"], hf.get("num_key_value_heads", hf["num_attention_heads"])
-    experts, layers = hf.get("num_experts") or 1, hf["num_hidden_layers"]
-    stages = p.pp * (p.vpp or 1)
-    rules = [
-        (heads % p.tp, "parallel.tp", f"{p.tp} does not divide the model's {heads} attention heads"),
-        (kv % p.tp, "parallel.tp", f"{p.tp} does not divide the model's {kv} key-value heads"),
-        (layers % stages, "parallel.pp", f"pp * vpp = {stages} does not divide the model's {layers} layers"),
-        (experts % p.ep, "parallel.ep", f"{p.ep} does not divide the model's {experts} experts"),
-    ]
-    for remainder, key, reason in rules:
-        if remainder:
-            raise BadInput(where, key, reason)
+    """Refuse a model the trainer does not know, and a layout it cannot have. Raises BadInput with the first reason."""
+    family_of(hf, "config.json")
+    try:
+        p.layout.check(p.ranks, hf)
+    except BadInput as error:
+        raise BadInput(where, f"parallel.{error.item}", error.reason) from None
 
 
 def worker_config(

@@ -47,9 +47,9 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+from megarubric.config.layout import ParallelLayout  # noqa: E402
 from megarubric.megatron.families import family_of, read_config  # noqa: E402
 from megarubric.megatron.layers import decoder_spec  # noqa: E402
-from megarubric.megatron.layout import ParallelLayout  # noqa: E402
 
 # It tells every rank at every start that GPTModel only gets fixes from now on; the pin in pyproject.toml knows.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)

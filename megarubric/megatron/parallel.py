@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from megarubric.config.layout import ParallelLayout
 from megarubric.megatron import cpu
-from megarubric.megatron.layout import ParallelLayout
 
 cpu.ensure()  # before the megatron imports below
 

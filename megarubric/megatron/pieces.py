@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarubric.config.layout import ParallelLayout
 from megarubric.megatron.families import ParamSource, family_of, param_source
-from megarubric.megatron.layout import ParallelLayout
 
 
 @dataclass(frozen=True)

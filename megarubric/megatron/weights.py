@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarubric.config.layout import ParallelLayout
 from megarubric.errors import BadInput
 from megarubric.megatron import hf_files
 from megarubric.megatron.dist_files import open_places
 from megarubric.megatron.families import family_of
 from megarubric.megatron.hf_files import MAX_SHARD_BYTES, TensorInfo, plan_shards
-from megarubric.megatron.layout import ParallelLayout
 from megarubric.megatron.pieces import Piece, model_pieces
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from megarubric.config.layout import ParallelLayout
 from megarubric.errors import BadInput
 from megarubric.megatron.families import family_of, read_config
-from megarubric.megatron.layout import ParallelLayout
 
 # Qwen3-30B-A3B's config.json, as far as the architecture goes.
 QWEN3_30B: dict[str, Any] = {
