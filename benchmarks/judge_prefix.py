@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NamedTuple
 
 from megarubric.judging.backends import load_tokenizer
 from megarubric.judging.backends.engine import EngineBackend
@@ -94,8 +98,18 @@ class Recording(EngineBackend):
         return replies
 
 
-async def measure(model: Path, items: list[JudgeItem], sharing: bool, a: argparse.Namespace) -> dict[str, object]:
-    """Judge all items on a fresh engine; one warm-up call first."""
+class Round(NamedTuple):
+    """One pass over all questions."""
+
+    seconds: float
+    computed: int
+    cached: int
+    said: dict[str, tuple[float, ...]]
+
+
+@contextlib.asynccontextmanager
+async def engine(model: Path, sharing: bool, a: argparse.Namespace) -> AsyncIterator[EngineClient]:
+    """An engine of its own process, ready."""
     with tempfile.TemporaryDirectory(prefix="mr-") as directory:
         config = EngineConfig(
             model_dir=str(model), role="judge", dtype="float32", max_model_len=a.context, max_num_seqs=64,
@@ -115,25 +129,39 @@ async def measure(model: Path, items: list[JudgeItem], sharing: bool, a: argpars
         client = EngineClient(endpoint, peer_status=ended)
         try:
             await client.ready(timeout_s=300)
-            backend = Recording(client, load_tokenizer(model))
-            judge = Judge(backend, JudgeSettings(template="tier_compact", timeout_s=600, retries=0))
-            warm = JudgeItem(items[0].rubric, "Warm up.", "Only to start the kernels.")
-            await judge.judge([warm] * 2)
-            before, began = await client.stats(), time.perf_counter()
-            rows = await judge.judge(items)
-            seconds, after = time.perf_counter() - began, await client.stats()
-            unread = [j.reason for row in rows for j in row.values() if j.reason and "mass" not in j.reason]
-            assert not unread, unread[:3]
-            return {
-                "seconds": seconds,
-                "computed": after.prefill_tokens - before.prefill_tokens,
-                "cached": after.cached_tokens - before.cached_tokens,
-                "said": backend.said,
-            }
+            yield client
         finally:
             await client.close()
             process.terminate()
             process.wait(30)
+
+
+async def one_round(client: EngineClient, tokenizer: object, items: list[JudgeItem]) -> Round:
+    """Judge all items; nothing is left of the round before."""
+    await client.reset_prefix_cache()
+    backend = Recording(client, tokenizer)
+    judge = Judge(backend, JudgeSettings(template="tier_compact", timeout_s=600, retries=0))
+    before, began = await client.stats(), time.perf_counter()
+    rows = await judge.judge(items)
+    seconds, after = time.perf_counter() - began, await client.stats()
+    unread = [j.reason for row in rows for j in row.values() if j.reason and "mass" not in j.reason]
+    assert not unread, unread[:3]
+    computed, cached = after.prefill_tokens - before.prefill_tokens, after.cached_tokens - before.cached_tokens
+    return Round(seconds, computed, cached, backend.said)
+
+
+async def measure(model: Path, items: list[JudgeItem], a: argparse.Namespace) -> tuple[list[Round], list[Round]]:
+    """Rounds with and without prefix sharing, taken in turn on two engines that are idle between their turns; the first
+    of each, on a few items, only starts the kernels."""
+    tokenizer = load_tokenizer(model)
+    async with engine(model, True, a) as sharing, engine(model, False, a) as plain:
+        rounds: tuple[list[Round], list[Round]] = ([], [])
+        for number in range(a.rounds + 1):
+            for client, kept in zip((sharing, plain), rounds):
+                done = await one_round(client, tokenizer, items if number else items[:2])
+                if number:
+                    kept.append(done)
+        return rounds
 
 
 def all_in_one_tokens(model: Path, items: list[JudgeItem]) -> int:
@@ -172,23 +200,27 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--block", type=int, default=32, help="tokens in a KV block, the grain of sharing")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = with_weights(a.model, Path(directory))
         items = answers(a.answers, a.sentences)
         one = all_in_one_tokens(model, items)
-        shared = asyncio.run(measure(model, items, True, a))
-        plain = asyncio.run(measure(model, items, False, a))
-    said, said_plain = shared.pop("said"), plain.pop("said")
-    assert isinstance(said, dict) and isinstance(said_plain, dict) and said.keys() == said_plain.keys()
-    difference = max(abs(x - y) for key, row in said.items() for x, y in zip(row, said_plain[key]))
-    result = {
-        "answers": a.answers, "criteria": len(ASPECTS), "all_in_one_tokens": one, "shared": shared, "plain": plain,
-        "computed_over_all_in_one": shared["computed"] / one,  # type: ignore[operator]
-        "speedup": plain["seconds"] / shared["seconds"],  # type: ignore[operator]
-        "max_abs_logprob_difference": difference,
-    }  # fmt: skip
+        shared, plain = asyncio.run(measure(model, items, a))
+    assert all(r.said.keys() == shared[0].said.keys() for r in (*shared, *plain))
+    difference = max(abs(x - y) for key, row in shared[0].said.items() for x, y in zip(row, plain[0].said[key]))
     assert math.isfinite(difference)
+    seconds = [statistics.median(r.seconds for r in rounds) for rounds in (shared, plain)]
+    result = {
+        "answers": a.answers,
+        "criteria": len(ASPECTS),
+        "all_in_one_tokens": one,
+        "shared": {"seconds": [r.seconds for r in shared], "computed": shared[0].computed, "cached": shared[0].cached},
+        "plain": {"seconds": [r.seconds for r in plain], "computed": plain[0].computed, "cached": plain[0].cached},
+        "computed_over_all_in_one": shared[0].computed / one,
+        "speedup_of_medians": seconds[1] / seconds[0],
+        "max_abs_logprob_difference": difference,
+    }
     print(json.dumps(result, indent=2))
 
 

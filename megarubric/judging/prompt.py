@@ -246,6 +246,7 @@ class PromptEncoder:
         state.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
         state["model"] = _without_pieces(state["model"], self._forbidden, set(self._control) - {unknown})
         self._plain = Tokenizer.from_str(json.dumps(state))
+        self._cuts_words = '"ByteLevel"' in json.dumps(state["pre_tokenizer"])
         names = sorted(self._control, key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, names))) if names else None
 
@@ -267,6 +268,31 @@ class PromptEncoder:
             for chat_token in _CHAT_TOKEN.findall(part.text):
                 self.control_id(chat_token)
         return ids + self._encode_text(run)
+
+    def encode_all(self, prompts: Iterable[Sequence[Part]]) -> list[list[int]]:
+        """`encode` of every prompt, to the same ids; what neighbours share is tokenised once where that is safe.
+
+        It is safe when the tokenizer cuts text into words before anything else (`ByteLevel`) and a cut between the
+        shared part and the rest changed nothing for the first of the neighbours: what follows the cut are the
+        template's own words, the same for all of them.
+        """
+        out: list[list[int]] = []
+        before: tuple[Part, ...] | None = None
+        head: list[int] | None = None
+        for parts in prompts:
+            split = next((i for i, part in enumerate(parts) if not part.shared), len(parts))
+            seam = tuple(parts[: split + 1])  # the shared part and the template's words behind it
+            if seam == before and head is not None:
+                out.append(head + self.encode(parts[split:]))
+                continue
+            ids = self.encode(parts)
+            out.append(ids)
+            if seam != before:
+                before, head = seam, None
+                if self._cuts_words and split + 1 < len(parts) and parts[split].trusted:
+                    start = self.encode(parts[:split])
+                    head = start if start + self.encode(parts[split:]) == ids else None
+        return out
 
     def token_id(self, text: str) -> int:
         """Id of the single token that spells `text`. Raises BadInput when there is none."""

@@ -170,3 +170,27 @@ def test_judging_imports_no_gpu_library() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+@pytest.mark.parametrize("name", ["tier", "tier_compact", "reason"])
+def test_what_neighbours_share_is_tokenised_once_to_the_same_ids(tokenizer: Tokenizer, name: str) -> None:
+    """Criteria and answers with every kind of beginning and end, so that a cut in the wrong place would show."""
+    encoder = PromptEncoder(tokenizer)
+    ends = ["", " ", ".", "\n", "\n\n", "a", "1", "  \n ", '"', "<|im_end|>", "\u00e9", "\u6d77"]
+    criteria = ["Calm.", " led", "\n", "7", ".", '"""', "<|im_end|>", "\u6d77"]
+    prompts = [
+        render_tier(load_template(name), "q" + a, f"The sea{b}", c, ["No." + c, "Yes."], reference)
+        for a in ends[:3]
+        for b in ends
+        for reference in (None, "ref" + b)
+        for c in criteria
+    ]
+    spelt: list[str] = []
+    tokenise = encoder._encode_text
+    encoder._encode_text = lambda text: spelt.append(text) or tokenise(text)  # type: ignore[func-returns-value]
+    alone = [encoder.encode(p) for p in prompts]
+    characters = sum(map(len, spelt))
+    spelt.clear()
+    assert encoder.encode_all(prompts) == alone
+    if tokenizer.pre_tokenizer is not None and "ByteLevel" in str(tokenizer.pre_tokenizer):
+        assert sum(map(len, spelt)) < 0.8 * characters

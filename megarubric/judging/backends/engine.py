@@ -102,7 +102,7 @@ class EngineBackend:
         self.prompt_tokens += sum(map(len, prompts))
 
     def _encode(self, queries: Sequence[TierQuery | TextQuery]) -> list[NDArray[np.int32]]:
-        return [np.array(self._encoder.encode(query.parts), dtype=np.int32) for query in queries]
+        return [np.array(ids, dtype=np.int32) for ids in self._encoder.encode_all([q.parts for q in queries])]
 
     def _tier_token_ids(self, tiers: tuple[str, ...]) -> NDArray[np.int32]:
         if tiers not in self._tier_ids:
