@@ -90,8 +90,14 @@ def sft_worker_config(c: SftConfig) -> WorkerConfig:
 
 
 def engine_config(c: TrainConfig, role: Literal["policy", "judge"], judge_model: str | None = None) -> EngineConfig:
-    """Settings of a policy or judge engine; `judge_model` None is the first judge's directory."""
+    """Settings of a policy or judge engine; `judge_model` None is the first judge's directory.
+
+    Raises BadInput for weights that engines do not read.
+    """
     r, j = c.rollout, c.judge
+    model = c.model.path if role == "policy" else judge_model or j.model or c.model.path
+    if is_megatron(model):
+        raise BadInput(model, None, "holds a Megatron checkpoint, which engines do not read; `megarubric convert` it")
     threads = os.cpu_count() or 1
     if role == "policy":
         return EngineConfig(

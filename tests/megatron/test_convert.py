@@ -407,6 +407,16 @@ def test_the_tool_is_the_verb() -> None:
     assert done.returncode == 0 and "SRC DST" in done.stdout and "--verify" in done.stdout
 
 
+def test_engines_say_that_they_do_not_read_it(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    from megarubric.config import load_train
+    from megarubric.launch.plan import engine_config
+
+    _, converted = pair
+    (tmp_path / "run.yaml").write_text(f"name: t\nmodel: {{path: {converted}}}\ndata: {{train: d.jsonl}}\n")
+    with pytest.raises(BadInput, match="holds a Megatron checkpoint, which engines do not read"):
+        engine_config(load_train(tmp_path / "run.yaml"), "policy")
+
+
 def test_sizes() -> None:
     assert [parse_size(t) for t in ("5GB", "500 MB", "2GiB", "1.5kb", "7")] == [
         5 * 10**9,
