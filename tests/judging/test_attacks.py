@@ -11,8 +11,9 @@ import pytest
 
 from megarubric.errors import BadInput
 from megarubric.judging.attacks import Attack, apply, load_attacks, run_attacks
+from megarubric.judging.backends import load_tokenizer
 from megarubric.judging.judge import Judge
-from megarubric.judging.prompt import plain_text
+from megarubric.judging.prompt import PromptEncoder, load_template, plain_text, render_tier
 from megarubric.judging.screen import screen
 from megarubric.judging.types import JudgeItem, TierQuery, TierReply
 from megarubric.judging.visible import folded, mixed_script_words, visible
@@ -173,3 +174,22 @@ def test_malformed_attack_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text(text)
         with pytest.raises(BadInput, match=r"a\.yaml"):
             load_attacks.__wrapped__(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("template", ["tier", "tier_compact"])
+def test_no_attack_puts_a_control_token_into_the_prompt(template: str) -> None:
+    """Token by token, with a real model's tokenizer: the control tokens of an attacked prompt are those of the honest
+    one, as many and in the same order, whatever the answer spells."""
+    encoder = PromptEncoder(load_tokenizer(Path(__file__).parents[2] / "models/tiny-qwen3-moe"))
+    control = set(encoder._control.values())
+
+    def controls(answer: str) -> list[int]:
+        criterion = RUBRIC.criteria[0]
+        texts = ["No.", "Yes."]
+        parts = render_tier(load_template(template), ITEM.prompt, answer, criterion.description, texts, answer)
+        return [i for i in encoder.encode(parts) if i in control]
+
+    honest = controls(ITEM.response)
+    assert len(honest) == (3 if template == "tier_compact" else 5)
+    for attack in load_attacks():
+        assert controls(apply(attack, ITEM, RUBRIC.criteria[0])) == honest, attack.id

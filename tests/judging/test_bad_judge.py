@@ -154,7 +154,7 @@ def test_a_training_run_goes_on_with_a_bad_judge_and_is_replayed_without_any(tmp
         text = body["messages"][1]["content"]
         return list(FAULTS.values())[len(text) % 4 + 1] if "moral" in text.rpartition("Criterion")[2] else GOOD
 
-    small = ["train.steps=1", "evaluate.limit=2", "judge.timeout_s=5", "judge.retries=0", f"runs_dir={tmp_path}"]
+    small = ["train.steps=1", "evaluate.limit=2", "judge.timeout_s=2", "judge.retries=0", f"runs_dir={tmp_path}"]
     small += ["judge.kind=url", f"judge.cache={tmp_path}/judge.db", "judge.template=tier", "name=bad"]
     evaluation = tmp_path / "eval.json"
 
