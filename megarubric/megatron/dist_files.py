@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megarubric.errors import BadInput
+from megarubric.megatron import manifest
 from megarubric.megatron.families import Family, ParamSource, Run, family_of, read_config
 from megarubric.megatron.hf_files import TensorInfo, open_checkpoint
 from megarubric.megatron.torch_dist import Archives, Stored, read_metadata
@@ -37,13 +38,13 @@ def dist_tensors(family: Family, hf: dict[str, Any]) -> dict[str, DistTensor]:
     The experts of a layer are stacked in one tensor. The vocabulary is not padded: a reader that pads it to its own
     tensor parallelism fills what is missing with zeros.
     """
-    manifest = family.manifest(hf)
+    shapes = family.manifest(hf)
     tensors: dict[str, DistTensor] = {}
 
     def add(key: str, sources: list[ParamSource], stacked: bool = False) -> None:
         runs = tuple(run for source in sources for part in source.parts for run in part)
         rows = sum(run.stop - run.start for run in runs)
-        shape = (rows, *manifest[runs[0].name][1:])
+        shape = (rows, *shapes[runs[0].name][1:])
         if stacked:
             shape = (len(sources), rows // len(sources), *shape[1:])
         tensors[key] = DistTensor(shape, runs)
@@ -120,7 +121,10 @@ def open_places(directory: str | Path, config: str | Path | None = None) -> tupl
     hf, where = read_config(config or directory)
     weights = weights_directory(directory)
     assert weights is not None
-    return hf, _hf_places(weights, read_metadata(weights), family_of(hf, where), hf)
+    family = family_of(hf, where)
+    if weights != directory:
+        manifest.check(directory, hashes=False, under=f"{WEIGHTS}/")
+    return hf, _hf_places(weights, read_metadata(weights), family, hf)
 
 
 def _hf_places(weights: Path, stored: dict[str, Stored], family: Family, hf: dict[str, Any]) -> Places:

@@ -42,9 +42,10 @@ def write(directory: Path, manifest: Manifest) -> None:
     sync(path)
 
 
-def check(path: Path, *, hashes: bool = True) -> Manifest:
+def check(path: Path, *, hashes: bool = True, under: str = "") -> Manifest:
     """The manifest of a complete checkpoint. Raises BadInput naming the first file that is missing, short or corrupt.
 
+    Looks at the files whose names begin with `under`; at their hashes too, unless told not to.
     Not collective, and needs no process group: the controller uses it to choose the checkpoint to resume from.
     """
     path = Path(path)
@@ -61,6 +62,8 @@ def check(path: Path, *, hashes: bool = True) -> Manifest:
     for name, file in manifest.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise BadInput(path, name, "lies outside the checkpoint")
+        if not name.startswith(under):
+            continue
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size is None:
             raise BadInput(path, name, "is missing")

@@ -56,19 +56,23 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def write_hf(directory: Path, hf: dict[str, Any], dtype: torch.dtype = torch.bfloat16, shards: int = 3) -> Path:
-    """A sharded checkpoint as another program would write it: its own order of tensors, its own spacing of JSON."""
+    """A checkpoint as another program would write it: its own order of tensors, its own spacing of JSON.
+
+    One shard is a file without an index.
+    """
     generator = torch.Generator().manual_seed(3)
     shapes = family_of(hf, "config.json").manifest(hf)
     names = sorted(shapes)
     directory.mkdir(parents=True)
     weight_map = {}
     for number in range(shards):
-        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors" if shards > 1 else hf_files.SINGLE
         mine = names[number::shards]
         weight_map |= dict.fromkeys(mine, file)
         tensors = {name: torch.randn(shapes[name], generator=generator).to(dtype) for name in mine}
         save_file(tensors, directory / file, metadata={"format": "pt", "by": "a test"})
-    (directory / hf_files.INDEX).write_text(json.dumps({"weight_map": weight_map, "metadata": {}}))
+    if shards > 1:
+        (directory / hf_files.INDEX).write_text(json.dumps({"weight_map": weight_map, "metadata": {}}))
     (directory / "config.json").write_text(json.dumps(hf, indent=4))
     (directory / "generation_config.json").write_text('{"top_k":  20}')
     (directory / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
@@ -95,9 +99,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 # ------------------------------------------------------------------------------------------------------ there and back
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_there_and_back_is_byte_for_byte(name: str, tmp_path: Path) -> None:
-    source = write_hf(tmp_path / "hf", MODELS[name])
+@pytest.mark.parametrize("name,shards", [("qwen3_moe", 3), ("qwen3", 1), ("qwen2_moe", 2)])
+def test_there_and_back_is_byte_for_byte(name: str, shards: int, tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf", MODELS[name], shards=shards)
     there = quick(source, tmp_path / "megatron")
     back = quick(tmp_path / "megatron", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(source)
@@ -334,7 +338,9 @@ def test_verify_names_what_differs(pair: tuple[Path, Path], tmp_path: Path) -> N
 def test_refusals(pair: tuple[Path, Path], monkeypatch: Any, tmp_path: Path) -> None:
     source, converted = pair
     assert refused(source, converted) == f"{converted}: exists already; --verify would compare it with the source"
-    assert refused(source, tmp_path / "x", "--max-shard-size", "many").startswith("command line: --max-shard-size: ")
+    assert refused(converted, tmp_path / "x", "--max-shard-size", "many").startswith("command line: --max-shard-size: ")
+    only_back = "is for the way from Megatron to Hugging Face"
+    assert refused(source, tmp_path / "x", "--max-shard-size", "5GB") == f"command line: --max-shard-size: {only_back}"
     assert refused(tmp_path, tmp_path / "x") == f"{tmp_path / 'config.json'}: No such file or directory"
 
     class Full:
@@ -343,6 +349,46 @@ def test_refusals(pair: tuple[Path, Path], monkeypatch: Any, tmp_path: Path) -> 
     monkeypatch.setattr("megarubric.megatron.convert.conversion.shutil.disk_usage", lambda path: Full)
     with pytest.raises(BadInput, match=r"no room: \d+ MiB needed, 1 MiB free"):
         quick(source, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_repeated_beside_tied_embeddings(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf", MODELS["qwen3"], shards=1)
+    weights = source / hf_files.SINGLE
+    tensors = load_file(weights)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, weights)
+    quick(source, tmp_path / "megatron")
+    quick(tmp_path / "megatron", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
+    assert verify(tmp_path / "megatron", tmp_path / "back", Options(processes=1), Lines()) == len(tensors) + 1
+    head[3, 3] += 1
+    save_file(tensors | {"lm_head.weight": head}, weights)
+    quick(source, tmp_path / "other")
+    with pytest.raises(BadInput, match=r"lm_head\.weight: differs from the source"):
+        verify(source, tmp_path / "other", Options(processes=1), Lines())
+
+
+def test_what_would_not_come_back_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Bytes that no tensor has; a converted directory that is not whole; a recorded cut of other tensors."""
+    source = write_hf(tmp_path / "hf", MODELS["qwen3_moe"], shards=1)
+    weights = source / hf_files.SINGLE
+    weights.write_bytes(weights.read_bytes() + b"more")
+    with pytest.raises(BadInput, match=r"model\.safetensors: has bytes that belong to no tensor"):
+        quick(source, tmp_path / "out")
+    bad = tmp_path / "bad"
+    for spoil, reason in (
+        (lambda: (bad / "manifest.json").unlink(), "manifest.json: is missing: the checkpoint is incomplete"),
+        (lambda: os.truncate(bad / "weights" / "__0_0.distcp", 9), "__0_0.distcp: has 9 bytes, the manifest says"),
+        (lambda: (bad / "huggingface.json").write_text('{"headers": {}}'), "huggingface.json: cannot be read"),
+        (lambda: (bad / "huggingface.json").write_text('{"headers": {}, "index": null}'), "does not list the tensors"),
+    ):
+        subprocess.run(["cp", "-r", str(pair[1]), str(bad)], check=True)
+        spoil()
+        with pytest.raises(BadInput, match=reason):
+            quick(bad, tmp_path / "out")
+        subprocess.run(["rm", "-r", str(bad)], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_tensors_that_cannot_be_joined(tmp_path: Path) -> None:
@@ -377,7 +423,7 @@ def test_foreign_objects_are_refused_and_nothing_runs(pair: tuple[Path, Path], t
     ):
         metadata.write_bytes(content)
         with pytest.raises(BadInput) as caught:
-            quick(bad, tmp_path / "out")
+            quick(bad / "weights", tmp_path / "out", config=bad)
         assert str(caught.value).startswith(f"{bad / 'weights'}: .metadata: {reason}")
     assert not ran.exists()
 

@@ -199,7 +199,7 @@ class _Conversion:
             self._lock(journal)
             results = self._read_journal(journal)
             resumed = sum(units[number].nbytes for number in results)
-            self._check_room(sum(unit.nbytes for unit in units) - resumed)
+            self._check_room(sum(unit.nbytes for unit in units), resumed)
             self._log = journal
             yield results, resumed
         (self.partial / JOURNAL).unlink()
@@ -243,13 +243,16 @@ class _Conversion:
         journal.flush()
         return {}
 
-    def _check_room(self, nbytes: int) -> None:
+    def _check_room(self, total: int, resumed: int) -> None:
         """Refuse, before anything is written, what the disk has no room for (10 MB for what goes along)."""
         # Safetensors files of an earlier start have their full size already.
         held = sum(path.stat().st_blocks * 512 for path in self.partial.glob("*.safetensors"))
         free = shutil.disk_usage(self.partial).free + held
-        if free < nbytes + (10 << 20):
-            raise BadInput(self.target, None, f"no room: {nbytes >> 20} MiB needed, {free >> 20} MiB free")
+        needed = total - resumed
+        if free < needed + (10 << 20):
+            if not resumed:
+                shutil.rmtree(self.partial)
+            raise BadInput(self.target, None, f"no room: {needed >> 20} MiB needed, {free >> 20} MiB free")
 
     def _run(
         self,

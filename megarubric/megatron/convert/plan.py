@@ -149,7 +149,12 @@ def read_cut(directory: Path, places: Places) -> Cut:
     for path in sorted({place.info.path for found in places.values() for place in found}):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            headers[path.name] = file.read(length).decode()
+            text = file.read(length)
+        size = path.stat().st_size
+        held = sum(info.nbytes for info in hf_files.parse_header(path, text, size).values())
+        if 8 + length + held != size:
+            raise BadInput(path, None, "has bytes that belong to no tensor, or tensors that share some")
+        headers[path.name] = text.decode()
     index = directory / hf_files.INDEX
     return Cut(headers, index.read_text(encoding="utf-8") if index.exists() else None)
 
@@ -196,7 +201,8 @@ def hf_plan(
         end = max([8 + len(data), *(info.offset + info.nbytes for info in infos.values())])
         files.append(HfFile(name, struct.pack("<Q", len(data)) + data, end))
         tensors |= infos
-    if tensors.keys() - {"lm_head.weight"} != manifest.keys() - {"lm_head.weight"}:
+    # The head may be repeated beside tied embeddings, which have none of their own.
+    if tensors.keys() - {"lm_head.weight"} != manifest.keys() - {"lm_head.weight"} or manifest.keys() - tensors.keys():
         raise BadInput(where / CUT, None, "does not list the tensors of config.json")
     for name, info in tensors.items():
         if info.shape != manifest.get(name, info.shape) or info.dtype != source_places(places, name)[0].info.dtype:
@@ -206,7 +212,7 @@ def hf_plan(
 
 def source_places(places: Places, name: str) -> Any:
     """Places of a tensor; a repeated head of tied embeddings is the embedding."""
-    return places[name] if name in places else places["model.embed_tokens.weight"]
+    return places.get(name) or places["model.embed_tokens.weight"]
 
 
 def hf_units(plan: HfPlan) -> list[Unit]:

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 
 from megarubric.errors import BadInput
 from megarubric.megatron.convert import Options, Progress, convert, verify
+from megarubric.megatron.dist_files import is_megatron
 
 _LINE_S = 5.0  # between plain lines
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -32,6 +33,9 @@ def run_convert(
     """Convert, and with `verified` compare; a target that is there already is only compared. Exit status."""
     if processes < 0:
         raise BadInput("command line", "--processes", f"cannot be negative: {processes}")
+    if not is_megatron(source) and (config or max_shard_size):
+        option = "--config-from" if config else "--max-shard-size"
+        raise BadInput("command line", option, "is for the way from Megatron to Hugging Face")
     options = Options(processes, config, None if max_shard_size is None else parse_size(max_shard_size))
     progress: Progress = Terminal() if sys.stderr.isatty() else Lines()
     result: dict[str, object] = {"source": str(source), "target": str(target)}

@@ -40,7 +40,7 @@ def verify(source: Path, target: Path, options: Options, progress: Progress) -> 
             listed = manifest.check(directory, hashes=False)
             files += [(directory, name, file) for name, file in listed.files.items()]
     shapes = family_of(hf, str(source)).manifest(hf)
-    groups = _groups(places, shapes)
+    groups = _groups({**copies, **places}, shapes)
     units: list[Any] = [*groups, *files]
     sizes = sum(_nbytes(places, name, shapes) for group in groups for name in group)
     progress.start("verifying", 2 * sizes + sum(file.nbytes for _, _, file in files), 0)
@@ -88,7 +88,7 @@ def _shape(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _nbytes(places: Places, name: str, shapes: dict[str, tuple[int, ...]]) -> int:
-    return hf_files.nbytes(_shape(name, shapes), places[name][0].info.dtype)
+    return hf_files.nbytes(_shape(name, shapes), plan.source_places(places, name)[0].info.dtype)
 
 
 def _digest(places: Places, name: str, shapes: dict[str, tuple[int, ...]], count: pool.Count) -> tuple[str, str]:
