@@ -131,10 +131,12 @@ def _rubrics_import(a: argparse.Namespace) -> int:
 
 
 def _rubrics_synthesize(a: argparse.Namespace) -> int:
+    from functools import partial
+
     from megarubric.launch.engines import judge_engine
     from megarubric.recipe.synthesis.verb import job_of, run_synthesize
 
-    return run_synthesize(job_of(a), judge_engine, dry_run=a.dry_run)
+    return run_synthesize(job_of(a), partial(judge_engine, structured_output=True), dry_run=a.dry_run)
 
 
 class _Parser(argparse.ArgumentParser):

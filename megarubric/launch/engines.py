@@ -19,7 +19,11 @@ from megarubric.rollout.messages import EngineConfig
 
 @asynccontextmanager
 async def judge_engine(
-    model_dir: Path, device: Literal["cpu", "cuda"] = "cpu", *, dtype: Dtype | None = None
+    model_dir: Path,
+    device: Literal["cpu", "cuda"] = "cpu",
+    *,
+    dtype: Dtype | None = None,
+    structured_output: bool = False,
 ) -> AsyncIterator[EngineClient]:
     """An engine that serves `model_dir` as a judge while the block lasts; its log goes with it.
 
@@ -37,6 +41,7 @@ async def judge_engine(
                 dtype=dtype or serving_dtype(model_dir),
                 max_model_len=context,
                 threads=os.cpu_count() or 1,
+                structured_output=structured_output,
             )
             engine = system.start_engine("judge", config)
             system.judge_engines.append(engine)

@@ -37,7 +37,9 @@ class EngineClient:
         """Draw one sample for each request; returns when all have ended, in the order given."""
         frames = Frames()
         prompts = m.pack_ragged(frames, [r.prompt_ids for r in requests], np.int32)
-        sampling = tuple(m.Sampling(r.max_tokens, r.seed, r.temperature, r.top_p, r.stop_token_ids) for r in requests)
+        sampling = tuple(
+            m.Sampling(r.max_tokens, r.seed, r.temperature, r.top_p, r.stop_token_ids, r.json_schema) for r in requests
+        )
         reply, raw = await self._rpc.call(m.Generate(prompts, sampling), frames.buffers)
         tokens, logprobs = m.unpack_ragged(reply.token_ids, raw), m.unpack_ragged(reply.logprobs, raw)
         lengths = [0 if e.error else len(r.prompt_ids) + len(ids) for r, ids, e in zip(requests, tokens, reply.ends)]

@@ -100,6 +100,7 @@ def set_environment(config: EngineConfig, cpu: bool) -> None:
 
 def build_engine(config: EngineConfig, cpu: bool) -> LLMEngine:
     """A vLLM engine in this process. Raises whatever vLLM raises when it cannot be."""
+    from vllm.config.structured_outputs import StructuredOutputsConfig
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -125,6 +126,8 @@ def build_engine(config: EngineConfig, cpu: bool) -> LLMEngine:
         args["max_num_batched_tokens"] = config.max_num_batched_tokens
     if config.tensor_parallel > 1:
         args["distributed_executor_backend"] = "mp"
+    if config.structured_output:  # JSON may hold any white space, and a model that is held to JSON can go on with it
+        args["structured_outputs_config"] = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
     engine_args = EngineArgs(
         model=config.model_dir,
         dtype=config.dtype,
@@ -134,7 +137,7 @@ def build_engine(config: EngineConfig, cpu: bool) -> LLMEngine:
         tensor_parallel_size=config.tensor_parallel,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
-        skip_tokenizer_init=True,  # token ids in, token ids out
+        skip_tokenizer_init=not config.structured_output,  # token ids in, token ids out
         generation_config="vllm",  # no sampling defaults from the model directory
         logprobs_mode="raw_logprobs",  # before temperature and top-p: comparable with a trainer's log-softmax
         max_logprobs=-1,

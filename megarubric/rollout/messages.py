@@ -29,7 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `staging` says how a weight update arrives: "host" keeps the whole new version in host memory until it is verified,
     so that a bad update leaves the old version serving; "direct" loads bucket by bucket into an idle engine, without
     the copy and without the old version to fall back on. `capture_routing` returns with every sample which experts its
-    tokens went to.
+    tokens went to. With `structured_output` the engine loads the tokenizer, and requests may bring a JSON schema.
     """
 
     model_dir: str
@@ -50,6 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sleep_mode: bool = True
     weight_version: int = 0
     staging: Literal["host", "direct"] = "host"
+    structured_output: bool = False
     capture_routing: bool = False
 
     def __post_init__(self) -> None:
@@ -110,7 +111,9 @@ def unpack_routing(
 class GenerateRequest:
     """One sample to draw. `prompt_ids` int32 [P]; `max_tokens` new tokens at most, the stop token counted.
 
-    `temperature` 0 is greedy. Generation ends with the first token in `stop_token_ids`, which is kept.
+    `temperature` 0 is greedy. Generation ends with the first token in `stop_token_ids`, which is kept. With a
+    `json_schema` (the schema as JSON text; `EngineConfig.structured_output`) only tokens that go on a text of that
+    schema can be drawn.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -119,6 +122,7 @@ class GenerateRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    json_schema: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +182,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     temperature: float
     top_p: float
     stop_token_ids: tuple[int, ...]
+    json_schema: str = ""
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):

@@ -22,7 +22,7 @@ from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from megarubric.errors import MegarubricError
@@ -193,6 +193,8 @@ class EngineLoop:
                 "stop_token_ids": list(s.stop_token_ids),
                 "logprobs": 0,
             }
+            if s.json_schema:
+                params["structured_outputs"] = StructuredOutputsParams(json=s.json_schema)
             self._add(job, i, prompt, params)
 
     def _tier_logprobs(

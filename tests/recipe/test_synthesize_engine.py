@@ -73,8 +73,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineFactory]:
     sockets = plan.socket_dir(folder)
     endpoint = ipc_endpoint(sockets, "judge")
     config = EngineConfig(
-        model_dir=str(TINY), role="judge", dtype="float32", max_model_len=1024, kv_cache_gib=0.2, threads=1
-    )
+        model_dir=str(TINY), role="judge", dtype="float32", max_model_len=1024, kv_cache_gib=0.2, threads=1,
+        structured_output=True,
+    )  # fmt: skip
     path = plan.write_json(folder / "judge.json", config)
     child = supervisor.start("judge", plan.command("engine", path, endpoint), plan.quiet_environment(1))
 
@@ -159,6 +160,9 @@ def test_the_tiny_model_cannot_draft_and_says_why(tmp_path: Path, engine: Engine
     assert [n["action"] for n in notes] == ["rejected", "rejected"]
     stages = [json.loads(line).get("stage") for line in alone.journal.read_text().splitlines()]
     assert stages.count("answer") == 3 and stages.count("draft") == 2
+    # It was held to the schema as far as its 64 tokens went.
+    drafts = [json.loads(line) for line in alone.journal.read_text().splitlines() if '"stage":"draft"' in line]
+    assert all(d["value"]["text"].startswith('{"title":"') for d in drafts) and "not JSON" in head["reason"]
     # Once more: everything was said already, and is not asked again.
     before = alone.journal.read_bytes()
     assert run_synthesize(alone, engine) == 0 and alone.journal.read_bytes() == before

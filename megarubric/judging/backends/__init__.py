@@ -25,15 +25,16 @@ def backend_for_engine(
     identity: str | Callable[[], str] | None = None,
     max_prompt_tokens: int | None = None,
     dtype: Dtype | None = None,
+    schemas: bool = False,
 ) -> EngineBackend:
     """A judge on a running engine that serves `model_dir` in `dtype` (None: `serving_dtype`).
 
     `identity` is needed for an engine whose weights change (the policy as its own judge): a callable that names the
-    weights it serves. Raises BadInput when the directory has no usable tokenizer.
+    weights it serves. `schemas` as in `EngineBackend`. Raises BadInput when the directory has no usable tokenizer.
     """
     directory = Path(model_dir)
     name = identity if identity is not None else model_identity(directory, dtype or serving_dtype(directory))
-    return EngineBackend(engine, load_tokenizer(directory), name, max_prompt_tokens)
+    return EngineBackend(engine, load_tokenizer(directory), name, max_prompt_tokens, schemas)
 
 
 def model_identity(directory: Path, dtype: str) -> str:

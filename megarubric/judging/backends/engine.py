@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +33,7 @@ class EngineBackend:
 
     `identity` names the model and its weights; pass a callable for a judge whose weights change (the policy itself).
     `max_prompt_tokens` is the engine's context length less one: longer prompts are answered with an error, unasked.
+    `schemas`: the engine was started with structured output, so text queries are held to the schema they bring.
     """
 
     grain = 64  # the engine batches across calls; a call is only as large as its time-out should cover
@@ -43,11 +45,13 @@ class EngineBackend:
         tokenizer: Any,
         identity: str | Callable[[], str],
         max_prompt_tokens: int | None = None,
+        schemas: bool = False,
     ) -> None:
         self._engine = engine
         self._encoder = PromptEncoder(tokenizer)
         self._identity = identity
         self._max_prompt_tokens = max_prompt_tokens
+        self._schemas = schemas
         self._tier_ids: dict[tuple[str, ...], NDArray[np.int32]] = {}
         self.requests = 0
         self.prompt_tokens = 0
@@ -84,7 +88,14 @@ class EngineBackend:
         prompts = await asyncio.to_thread(self._encode, queries)
         stop = (self._encoder.control_id("<|im_end|>"),)
         requests = [
-            GenerateRequest(prompt, q.max_tokens, seed=q.draw, temperature=q.temperature, stop_token_ids=stop)
+            GenerateRequest(
+                prompt,
+                q.max_tokens,
+                seed=q.draw,
+                temperature=q.temperature,
+                stop_token_ids=stop,
+                json_schema=msgspec.json.encode(q.schema).decode() if self._schemas and q.schema is not None else "",
+            )
             for prompt, q in zip(prompts, queries)
         ]
         self._count(prompts)

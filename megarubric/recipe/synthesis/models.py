@@ -87,7 +87,8 @@ class Limits:
 async def open_models(
     roles: Mapping[str, str], engine_factory: EngineFactory, limits: Limits
 ) -> AsyncIterator[dict[str, Model]]:
-    """The models by role; two roles that name the same directory or URL share one engine or client.
+    """The models by role; two roles that name the same directory or URL share one engine or client. `engine_factory`
+    starts engines with structured output.
 
     Raises BadInput for a name that is neither, and for an endpoint where nothing listens.
     """
@@ -101,7 +102,7 @@ async def open_models(
             else:
                 directory = checked_directory(spec, role)
                 engine = await stack.enter_async_context(engine_factory(directory, "cpu"))
-                backend = backend_for_engine(engine, directory)
+                backend = backend_for_engine(engine, directory, schemas=True)
                 name = directory.resolve().name
                 opened[spec] = Model(backend, name, template_for(spec), _reasons(directory))
         yield {role: opened[spec] for role, spec in roles.items()}
