@@ -6,7 +6,7 @@ process starts. This package imports neither torch nor vllm nor megatron.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -14,6 +14,7 @@ from megarubric.config.layout import ParallelLayout
 from megarubric.errors import BadInput
 
 JudgeMode = Literal["tier", "reason", "all"]
+Family = Literal["instruction", "creative", "social", "humanities", "reasoning", "safety", "defence", "style"]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,6 +26,7 @@ class Model(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"
+    architecture: str | None = None  # a config.json that --dry-run reads while `path` is not there
 
 
 class Data(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,6 +37,8 @@ class Data(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     train: str
     heldout: str | None = None
+    holdout: int = 0  # instead of `heldout`: so many prompts of `train`, the same in every run, are kept out of it
+    families: list[str] = []  # only prompts whose rubric is of one of these families; empty = all
     rubrics: list[str] = []
     max_prompt_tokens: int = 256
     system_prompt: str | None = None
@@ -135,8 +139,9 @@ class Train(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     beta2: float = 0.95
     eps: float = 1e-8
     grad_clip: float = 1.0
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 4096  # of a data-parallel rank
     recompute: bool = False
+    optimizer_offload: bool = False  # Adam and its state on the host, in Megatron's hybrid optimizer; needs a GPU
 
 
 class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -151,6 +156,7 @@ class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     etp: int = 1
     threads: int | None = None  # CPU threads a rank; null = cores / ranks
     master_port: int | None = None  # null = a free one
+    device_gb: float | None = None  # memory of the GPU this is meant for: --dry-run says whether it fits; null = a CPU
 
     @property
     def layout(self) -> ParallelLayout:
@@ -350,6 +356,13 @@ def check_train(c: TrainConfig) -> str | None:
     wrong = wrong or _positive(c.exchange, "exchange", "bucket_mb") or _positive(c.checkpoint, "checkpoint", "keep")
     if wrong:
         return wrong
+    if c.data.heldout and c.data.holdout:
+        return "data.holdout: given beside data.heldout; one of them says what is held out"
+    if c.data.holdout < 0:
+        return f"data.holdout: must not be negative, is {c.data.holdout}"
+    unknown = [f for f in c.data.families if f not in get_args(Family)]
+    if unknown:
+        return f"data.families: {unknown[0]!r} is none of {', '.join(get_args(Family))}"
     if not 0 < c.rollout.top_p <= 1:
         return f"rollout.top_p: must be in (0, 1], is {c.rollout.top_p}"
     if c.rollout.samples_per_prompt < 2:

@@ -7,24 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megarubric.config import TrainConfig, dump
-from megarubric.launch.memory import model_size, rank_memory
+from megarubric.launch.memory import WIDTH, StageMemory, model_size, stage_memory
 
-
-def gib(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB"
+CONTEXT_GB = 3.0  # of a GPU: the CUDA context and NCCL's buffers
 
 
 def describe(config: TrainConfig, hf: Mapping[str, Any], commands: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Everything a person checks before spending machine time."""
     p, size = config.parallel, model_size(hf)
-    m = rank_memory(
-        hf,
-        p,
-        config.model.dtype,
-        config.train.micro_batch_tokens,
-        config.exchange.bucket_mb << 20,
-        config.train.recompute,
-    )
     dp = p.ranks // (p.tp * p.pp * p.cp)
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     lines = [
@@ -37,15 +27,67 @@ def describe(config: TrainConfig, hf: Mapping[str, Any], commands: Sequence[tupl
         f"a step: {config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples"
         f" = {samples} answers, {config.algorithm.updates_per_step} optimizer step(s)",
         "",
-        "# memory of the fullest trainer rank (arithmetic; CUDA context, NCCL and fragmentation come on top)",
-        f"parameters   {gib(m.parameters)}",
-        f"gradients    {gib(m.gradients)}",
-        f"optimizer    {gib(m.optimizer)}",
-        f"activations  {gib(m.activations)}  at {config.train.micro_batch_tokens} tokens a micro-batch",
-        f"buckets      {gib(m.buckets)}  shared memory of the host, once",
-        f"total        {gib(m.total)}",
+        *memory_table(config, hf),
         "",
         "# commands",
         *(f"{name}: {shlex.join(argv)}" for name, argv in commands),
     ]
     return "\n".join(lines)
+
+
+def memory_table(c: TrainConfig, hf: Mapping[str, Any]) -> list[str]:
+    """Lines: a rank of every kind of pipeline stage, and for a GPU what each phase of a step needs of it."""
+    kernels = "transformer_engine" if c.parallel.device_gb else "local"
+    stages = stage_memory(hf, c.parallel, c.train, c.model.dtype, kernels)
+    lines = [
+        f"# memory of a trainer rank in GB (arithmetic; micro-batches of {c.train.micro_batch_tokens} tokens)",
+        "stage  layers  parameters  gradients  optimizer  activations  logits   total  on the host",
+    ]
+    for s in _kinds(stages):
+        columns = (s.parameters, s.gradients, s.optimizer, s.activations, s.logits, s.total, s.host)
+        widths = (10, 9, 9, 11, 6, 6, 11)
+        lines.append(
+            f"{s.stage:>5}  {s.layers:>6}  " + "  ".join(f"{n / 1e9:>{w}.2f}" for n, w in zip(columns, widths))
+        )
+    if c.parallel.device_gb is None:
+        buckets = 2 * c.exchange.bucket_mb * 2**20 / 1e9
+        return [*lines, f"exchange buckets {buckets:.2f} GB in shared memory, once a host"]
+    return [*lines, "", *_phases(c, hf, stages, c.parallel.device_gb)]
+
+
+def _kinds(stages: Sequence[StageMemory]) -> list[StageMemory]:
+    """First, second, last: those between are like the second but for their activations."""
+    return [stages[i] for i in sorted({0, min(1, len(stages) - 1), len(stages) - 1})]
+
+
+def _phases(c: TrainConfig, hf: Mapping[str, Any], stages: Sequence[StageMemory], device: float) -> list[str]:
+    """A GPU that a trainer rank, a policy engine and a judge engine share by turns."""
+    r, j = c.rollout, c.judge
+    policy = model_size(hf).total * WIDTH[c.model.dtype] / r.tensor_parallel / 1e9
+    buckets = 2 * c.exchange.bucket_mb * 2**20 / 1e9
+    standing = max(s.parameters for s in stages) / 1e9
+    engines = device * (r.gpu_memory_utilization + (j.gpu_memory_utilization if j.kind == "frozen" else 0.0))
+    need = {
+        "write and judge": (engines, f"policy {r.gpu_memory_utilization:.0%} of the device" + _judge(c)),
+        "train": (max(s.total for s in stages) / 1e9, "the fullest rank, engines asleep"),
+        "exchange": (
+            standing + policy + buckets,
+            f"a rank's parameters, the policy's weights / {r.tensor_parallel}, two buckets",
+        ),
+    }
+    lines = [f"# a GPU of {device:g} GB, phase by phase, {CONTEXT_GB:g} GB of it for CUDA and NCCL"]
+    for name, (gb, what) in need.items():
+        verdict = "fits" if gb + CONTEXT_GB <= device else f"DOES NOT FIT: {gb + CONTEXT_GB - device:.1f} GB too much"
+        lines.append(f"{name:<16} {gb:6.1f} GB  {verdict}  ({what})")
+    kv = device * r.gpu_memory_utilization - policy
+    lines.append(
+        f"KV cache         {kv:6.1f} GB a policy GPU"
+        if kv > 0
+        else f"KV cache         DOES NOT FIT: the policy's weights are {policy:.1f} GB a GPU,"
+        f" its share {device * r.gpu_memory_utilization:.1f} GB (rollout.tensor_parallel, gpu_memory_utilization)"
+    )
+    return lines
+
+
+def _judge(c: TrainConfig) -> str:
+    return f", judge {c.judge.gpu_memory_utilization:.0%}" if c.judge.kind == "frozen" else ""

@@ -63,6 +63,7 @@ def worker_config(
         beta2=t.beta2,
         eps=t.eps,
         grad_clip=t.grad_clip,
+        optimizer_offload=t.optimizer_offload,
         reference=reference,
         bucket_bytes=bucket_mb << 20,
         shm_prefix=f"megarubric-{secrets.token_hex(6)}",
@@ -144,6 +145,26 @@ def quiet_environment(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "PYTHONWARNINGS": "ignore",
     }
+
+
+def on_gpu() -> bool:
+    """Whether this host has a GPU that engines and trainer ranks will use (vLLM's CPU build never does)."""
+    return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
+
+
+def engine_devices(index: int, tensor_parallel: int) -> dict[str, str]:
+    """The environment that pins the `index`-th engine of a kind to GPUs of its own, of those visible here."""
+    if not on_gpu():
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = index * tensor_parallel
+    names = visible.split(",") if visible else [str(i) for i in range(first + tensor_parallel)]
+    mine = names[first : first + tensor_parallel]
+    if len(mine) < tensor_parallel:
+        raise BadInput(
+            "this host", "GPUs", f"engine {index} of {tensor_parallel} needs more than the {len(names)} visible"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
 
 def rank_environment(rank: int, world: int, local_rank: int, host: str, port: int, threads: int) -> dict[str, str]:

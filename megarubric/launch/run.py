@@ -25,7 +25,15 @@ from megarubric.observe.metrics import MetricsLog
 from megarubric.recipe.experience import Answer, WritingTimes
 from megarubric.recipe.records import read_rollouts
 from megarubric.reward.advantages import CriterionMeans
-from megarubric.rollout.data import ChatTokenizer, Prompt, PromptOrder, read_prompts, tokenize_prompts
+from megarubric.rollout.data import (
+    ChatTokenizer,
+    Prompt,
+    PromptOrder,
+    PromptRow,
+    held_out,
+    read_prompts,
+    tokenize_prompts,
+)
 from megarubric.rollout.sampler import Sampler, SamplingSettings
 from megarubric.rubrics import Rubric
 
@@ -35,16 +43,27 @@ class Prompts:
 
     def __init__(self, c: TrainConfig) -> None:
         self.tokenizer = ChatTokenizer(Path(c.model.path), c.data.system_prompt)
-        self.train = self._load(c, c.data.train)
-        held = self._load(c, c.data.heldout) if c.data.heldout else []
+        rows, out = held_out(self._read(c, c.data.train), c.data.holdout, c.data.train)
+        self.train, held = self._ready(c, rows, c.data.train), self._ready(c, out, c.data.train)
+        if c.data.heldout:
+            held = self._ready(c, self._read(c, c.data.heldout), c.data.heldout)
         self.heldout = held[: c.evaluate.limit] if c.evaluate.limit is not None else held
 
     def rubrics(self) -> Iterator[Rubric]:
         """The rubrics of all prompts."""
         return (prompt.rubric for prompt in (*self.train, *self.heldout))
 
-    def _load(self, c: TrainConfig, path: str) -> list[Prompt]:
+    def _read(self, c: TrainConfig, path: str) -> list[PromptRow]:
         rows = read_prompts(Path(path), [Path(p) for p in c.data.rubrics])
+        if c.data.families:
+            rows = [row for row in rows if row.rubric.family in c.data.families]
+            if not rows:
+                raise BadInput(path, "data.families", f"no prompt is of family {' or '.join(c.data.families)}")
+        return rows
+
+    def _ready(self, c: TrainConfig, rows: list[PromptRow], path: str) -> list[Prompt]:
+        if not rows:
+            return []
         prompts = tokenize_prompts(rows, self.tokenizer, c.data.max_prompt_tokens, path)
         if prompts.dropped:
             reasons = ", ".join(f"{n} {reason}" for reason, n in prompts.dropped_by_reason.items())
@@ -109,7 +128,8 @@ class Run:
         path = self.dir.checkpoint_path(self.state.step)
         if path.exists():  # left by a run that died while it trained past this step with another configuration
             shutil.rmtree(path)
-        await self.system.trainer.save(str(path.absolute()), msgspec.json.encode(self.state).decode())
+        async with self.system.trainer_at_home() as trainer:
+            await trainer.save(str(path.absolute()), msgspec.json.encode(self.state).decode())
         self.dir.prune(self.config.checkpoint.keep)
 
     async def resume(self) -> None:
@@ -122,6 +142,7 @@ class Run:
         for step in self.dir.checkpoint_steps():
             path = self.dir.checkpoint_path(step)
             try:
+                await self.system.training()
                 extra = (await self.system.trainer.load(str(path.absolute()))).extra
             except MegarubricError as error:
                 refused.append(str(error))
@@ -141,6 +162,8 @@ class Run:
             return
         if refused:
             raise BadInput(self.dir.checkpoints, None, f"no checkpoint can be used: {refused[0]}; --fresh starts anew")
+        async with self.system.trainer_at_home():
+            pass  # a fresh start: on a GPU the engines are asleep until the trainer has left the devices
 
 
 def stop_tokens(c: TrainConfig, tokenizer: ChatTokenizer) -> tuple[int, ...]:
@@ -171,7 +194,8 @@ def fit_of(c: TrainConfig) -> dict[str, str]:
 def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool) -> int:
     """The verb. Exit status 0 done, 3 interrupted with state saved."""
     c = load_train(path, overrides)
-    hf = plan.read_hf_config(c.model.path)
+    there = not (dry_run and c.model.architecture) or Path(c.model.path, "config.json").exists()
+    hf = plan.read_hf_config(c.model.path) if there else plan.read_config(c.model.architecture or "")[0]
     plan.check_layout(hf, c.parallel, path)
     if c.algorithm.routing_replay and not hf.get("num_experts"):
         raise BadInput(path, "algorithm.routing_replay", "is on, but the model has no experts")
@@ -179,14 +203,18 @@ def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool
         reason = "weights are exchanged through one host's shared memory, so a run has one node for now"
         raise BadInput("Slurm", f"{nodes} nodes", reason)
     if dry_run:
-        return _dry_run(c, hf, path)
+        return _dry_run(c, hf, path, there)
     with claim(c.runs_dir, c.name, fresh) as dir:
         return asyncio.run(_run_train(c, dir, path))
 
 
-def _dry_run(c: TrainConfig, hf: dict[str, object], where: str) -> int:
+def _dry_run(c: TrainConfig, hf: dict[str, object], where: str, there: bool) -> int:
+    """`there`: the model directory exists, so its tokenizer can be asked whether the prompts fit."""
     run_dir = Path(c.runs_dir) / c.name
-    check_judge(c, where, Prompts(c).rubrics())
+    if there:
+        check_judge(c, where, Prompts(c).rubrics())
+    else:
+        terminal.say(f"{c.model.path}: not there; model.architecture is read instead, prompts and judge are unchecked")
     commands = [
         (f"trainer-{rank}", plan.command("trainer", run_dir / "logs/trainer.json", "ipc://trainer"))
         for rank in range(c.parallel.ranks)
@@ -224,8 +252,9 @@ async def _run_train(c: TrainConfig, dir: RunDir, where: str) -> int:
             await run.resume()
             run.log = MetricsLog(dir.path, c.wandb, c.name, msgspec.to_builtins(c), run.state.step)
             await train(run)
-            if c.checkpoint.export_hf and system.trainer is not None:
-                await system.trainer.export_hf(str((dir.path / "model").absolute()))
+            if c.checkpoint.export_hf:
+                async with system.trainer_at_home() as trainer:
+                    await trainer.export_hf(str((dir.path / "model").absolute()))
         except ProcessDied as error:
             kept = dir.checkpoint_steps()
             at = f"step {kept[0]}" if kept else "no checkpoint yet"
@@ -257,7 +286,7 @@ def run_eval(path: str, overrides: Sequence[str], *, model: str, out: str, as_js
     if own.judge.kind == "frozen" and own.judge.model is None:  # the config's own model judges, not the one under test
         tested.append(f"judge.model={own.model.path}")
     c = load_train(path, tested)
-    if not c.data.heldout:
+    if not c.data.heldout and not c.data.holdout:
         raise BadInput(path, "data.heldout", "names no file: there is nothing to evaluate on")
     plan.read_hf_config(model)
     prompts = Prompts(c)

@@ -7,6 +7,7 @@ import contextlib
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -45,13 +46,13 @@ class System:
         self.shm_prefix = ""
         self.shares_devices = False  # engines and trainer on the same GPUs: they take turns (`training`)
 
-    def start_engine(self, name: str, config: EngineConfig) -> EngineClient:
-        """Start one engine process; it answers when the model is loaded."""
+    def start_engine(self, name: str, config: EngineConfig, index: int = 0) -> EngineClient:
+        """Start one engine process; it answers when the model is loaded. The `index`-th of its kind gets the GPUs at
+        that place."""
         endpoint = ipc_endpoint(self.sockets, name)
         path = plan.write_json(self.supervisor.log_dir / f"{name}.json", config)
-        child = self.supervisor.start(
-            name, plan.command("engine", path, endpoint), plan.quiet_environment(config.threads)
-        )
+        environment = plan.quiet_environment(config.threads) | plan.engine_devices(index, config.tensor_parallel)
+        child = self.supervisor.start(name, plan.command("engine", path, endpoint), environment)
         return EngineClient(endpoint, peer_status=child.status)
 
     def start_trainer(self, config: WorkerConfig, ranks: int, port: int | None) -> TrainerClient:
@@ -77,27 +78,51 @@ class System:
         found = await asyncio.gather(*waits)
         self.shares_devices = bool(engines) and self.trainer is not None and found[-1].device != "cpu"
 
+    async def engines_first(self) -> None:
+        """On a GPU, before the trainer is started: an engine measures what is free when it starts, so it starts on an
+        empty device, and sleeps while the trainer builds its model."""
+        await asyncio.gather(*(engine.ready() for engine in (*self.policies, *self.judge_engines)))
+        await self._sleep(policy_level=1)
+
     async def training(self) -> None:
         """The devices go to the trainer: the policy drops its weights (they come back by exchange), the frozen judge
         keeps its in host memory. On a CPU there is nothing to hand over."""
         if self.shares_devices:
-            await asyncio.gather(*(p.sleep(2) for p in self.policies), *(j.sleep(1) for j in self.judge_engines))
+            await self._sleep(policy_level=2)
             assert self.trainer is not None
             await self.trainer.onload()
 
+    @contextlib.asynccontextmanager
+    async def trainer_at_home(self) -> AsyncIterator[TrainerClient]:
+        """The trainer with everything on its devices, to be saved or restored; the engines sleep meanwhile, and keep
+        their weights."""
+        assert self.trainer is not None
+        if self.shares_devices:
+            await self._sleep(policy_level=1)
+            await self.trainer.onload()
+        yield self.trainer
+        if self.shares_devices:
+            await self.trainer.offload(parameters=True)
+            await asyncio.gather(*(engine.wake() for engine in (*self.policies, *self.judge_engines)))
+
+    async def _sleep(self, policy_level: Literal[1, 2]) -> None:
+        await asyncio.gather(*(p.sleep(policy_level) for p in self.policies), *(j.sleep(1) for j in self.judge_engines))
+
     async def publish(self, version: int, verify: bool) -> int:
         """The trainer's weights go into service as `version` on every policy engine, and the devices back to the
-        engines: first room for the weights, then the trainer leaves, then the KV caches. Returns the bytes sent."""
+        engines: gradients and optimizer leave, the engines' weights come, then the trainer's parameters leave, then
+        the KV caches come. So a device never holds more than both sets of weights. Returns the bytes sent."""
         assert self.trainer is not None
         self.weight_version = version
         if not self.policies:
             return 0
         if self.shares_devices:
+            await self.trainer.offload()
             await asyncio.gather(*(p.wake(("weights",)) for p in self.policies))
         report = await exchange(self.trainer, self.policies, version, verify)
         self.weights = report.checksum
         if self.shares_devices:
-            await self.trainer.offload()
+            await self.trainer.offload(parameters=True)
             await asyncio.gather(
                 *(p.wake(("kv_cache",)) for p in self.policies), *(j.wake() for j in self.judge_engines)
             )
@@ -143,13 +168,17 @@ async def running(config: TrainConfig, run_dir: Path, worker: WorkerConfig | Non
     """Start what `config` needs (and the trainer when `worker` is given), wait until all is ready, end all on exit."""
     system = System(Supervisor(run_dir / "logs"), plan.socket_dir(run_dir))
     try:
-        if worker is not None:
+        by_turns = worker is not None and plan.on_gpu()
+        if worker is not None and not by_turns:
             system.trainer = system.start_trainer(worker, config.parallel.ranks, config.parallel.master_port)
         if config.rollout.replay is None:
             policy = plan.engine_config(config, "policy")
-            system.policies = [system.start_engine(f"policy-{i}", policy) for i in range(config.rollout.engines)]
+            system.policies = [system.start_engine(f"policy-{i}", policy, i) for i in range(config.rollout.engines)]
         system.judge = await make_judge(config, system)
         try:
+            if worker is not None and by_turns:
+                await system.engines_first()
+                system.trainer = system.start_trainer(worker, config.parallel.ranks, config.parallel.master_port)
             await system.ready()
         except ProcessDied as error:  # nothing has been done yet, so there is no state to speak of
             raise StartFailed(str(error)) from error

@@ -77,9 +77,9 @@ class TrainerClient:
         """Write the policy as a Hugging Face directory."""
         await self._ask(m.ExportHF(path))
 
-    async def offload(self) -> None:
-        """Free the accelerator for the engines."""
-        await self._ask(m.Offload())
+    async def offload(self, parameters: bool = False) -> None:
+        """Free the accelerator for the engines: of gradients and optimizer, or of `parameters` as well."""
+        await self._ask(m.Offload(parameters))
 
     async def onload(self) -> None:
         await self._ask(m.Onload())

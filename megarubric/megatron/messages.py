@@ -49,6 +49,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     beta2: float = 0.95
     eps: float = 1e-8
     grad_clip: float = 1.0
+    optimizer_offload: bool = False  # Adam on the host; needs CUDA
     reference: bool = False  # keep a host copy of the first weights for KL to a reference
     bucket_bytes: int = 64 << 20
     shm_prefix: str = "megarubric"  # unique per run: names of shared memory segments begin with it
@@ -248,7 +249,10 @@ class ExportHF(msgspec.Struct, frozen=True, tag=True):
 
 
 class Offload(msgspec.Struct, frozen=True, tag=True):
-    """Free the accelerator: parameters, gradients and optimizer state go to host memory. Nothing to do on a CPU."""
+    """Free the accelerator: optimizer state goes to host memory, gradients are dropped; `parameters` go to host memory
+    as well. Nothing to do on a CPU."""
+
+    parameters: bool = False
 
 
 class Onload(msgspec.Struct, frozen=True, tag=True):

@@ -33,6 +33,7 @@ class AdamSettings:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    offload: bool = False  # states and steps on the host (Megatron's HybridDeviceOptimizer)
 
 
 class TrainedModel:
@@ -54,6 +55,8 @@ class TrainedModel:
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            optimizer_cpu_offload=adam.offload,
+            optimizer_offload_fraction=1.0 if adam.offload else 0.0,
         )
         self.optimizer: Any = get_megatron_optimizer(settings, self.chunks)
         for part in self._parts():

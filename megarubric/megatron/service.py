@@ -104,7 +104,7 @@ class Commands:
         return m.Done(self._seconds()), Frames()
 
     def _offload(self, body: m.Offload, frames: Any) -> tuple[m.Done, Frames]:
-        self.trainer.offload()
+        self.trainer.offload(body.parameters)
         return m.Done(self._seconds()), Frames()
 
     def _onload(self, body: m.Onload, frames: Any) -> tuple[m.Done, Frames]:

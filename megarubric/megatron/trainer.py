@@ -18,7 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megarubric.errors import MegarubricError
+from megarubric.errors import BadInput, MegarubricError
 from megarubric.exchange.sender import Sender
 from megarubric.megatron import cpu
 
@@ -93,7 +93,11 @@ class Trainer:
             weights.load_hf(models, config.model_dir, self.layout)
         else:
             weights.init_weights(models, self.hf, self.layout, config.seed)
-        adam = AdamSettings(config.beta1, config.beta2, config.eps, config.weight_decay, config.grad_clip)
+        if config.optimizer_offload and not torch.cuda.is_available():
+            raise BadInput("trainer", "optimizer_offload", "the model is in the host's memory already: there is no GPU")
+        adam = AdamSettings(
+            config.beta1, config.beta2, config.eps, config.weight_decay, config.grad_clip, config.optimizer_offload
+        )
         self.model = TrainedModel(models, self.dtype, adam)
         self.replay = RoutingReplay(self.model.chunks, recompute=config.recompute)
         self.pieces = model_pieces(self.model.chunks, self.hf, self.layout)
@@ -377,11 +381,15 @@ class Trainer:
         """Write the policy as a Hugging Face directory, with the tokenizer files of the model it came from."""
         weights.export_hf(self.model.chunks, path, self.hf, self.layout, carry_from=self.config.model_dir)
 
-    def offload(self) -> None:
-        """Move gradients and optimizer state to host memory, so that engines on the same GPU can use what they took."""
+    def offload(self, parameters: bool = False) -> None:
+        """Drop gradients and move optimizer state to host memory, with `parameters` those as well, so that engines on
+        the same GPU can use what they took. Views of parameters stay valid: storages are emptied and filled again."""
         if self.device.type == "cuda":
             for chunk in self.model.chunks:
                 chunk.offload_grad_buffers()
+                if parameters:
+                    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                        buffer.offload_to_cpu(move_params=True, move_grads=False)
             self.model.optimizer.offload_to_cpu()
             torch.cuda.empty_cache()
 
@@ -389,6 +397,8 @@ class Trainer:
         """Undo `offload`."""
         if self.device.type == "cuda":
             for chunk in self.model.chunks:
+                for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                    buffer.reload_from_cpu(move_params=True, move_grads=False)
                 chunk.restore_grad_buffers()
             self.model.optimizer.restore_from_cpu()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -80,6 +81,17 @@ def read_prompts(path: Path, rubric_paths: Iterable[Path] = ()) -> list[PromptRo
     if twice:
         raise BadInput(path, twice[0], "this id comes more than once")
     return rows
+
+
+def held_out(rows: Sequence[PromptRow], n: int, path: object = "prompts") -> tuple[list[PromptRow], list[PromptRow]]:
+    """(rest, `n` rows kept out), both in order. Which ones depends on the ids alone: those with the least SHA-256.
+
+    Raises BadInput when nothing would be left to train on.
+    """
+    if n and n >= len(rows):
+        raise BadInput(path, "data.holdout", f"{n} of {len(rows)} prompts: none would be left to train on")
+    out = {r.id for r in sorted(rows, key=lambda r: hashlib.sha256(r.id.encode()).digest())[:n]}
+    return [r for r in rows if r.id not in out], [r for r in rows if r.id in out]
 
 
 def _holds_rows(path: Path) -> bool:

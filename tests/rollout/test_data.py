@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from megarubric.errors import BadInput
-from megarubric.rollout.data import ChatTokenizer, Message, Prompt, PromptOrder, read_prompts, tokenize_prompts
+from megarubric.rollout.data import (
+    ChatTokenizer,
+    Message,
+    Prompt,
+    PromptOrder,
+    held_out,
+    read_prompts,
+    tokenize_prompts,
+)
 
 RUBRIC = {"id": "r", "version": 1, "title": "R", "scope": "task", "family": "creative", "criteria": []}
 
@@ -154,3 +162,16 @@ def test_a_position_in_other_data_is_refused(change):
     order = PromptOrder(prompts(7), seed=1)
     with pytest.raises(BadInput, match="data position"):
         order.load_state_dict({**order.state_dict(), **change})
+
+
+def test_held_out_prompts_depend_on_ids_alone(tmp_path):
+    rubrics = [rubric(f"r{i}", scope="instance", prompt=f"Write {i}.") for i in range(20)]
+    rows = read_prompts(write_lines(tmp_path / "a.jsonl", *rubrics))
+    rest, out = held_out(rows, 5)
+    assert len(out) == 5 and sorted([*rest, *out], key=lambda r: r.id) == sorted(rows, key=lambda r: r.id)
+    backwards = read_prompts(write_lines(tmp_path / "b.jsonl", *reversed(rubrics[:-1]), rubrics[-1]))
+    assert {r.id for r in held_out(backwards, 5)[1]} == {r.id for r in out}
+    assert {r.id for r in held_out(rows, 4)[1]} < {r.id for r in out}
+    assert held_out(rows, 0) == (rows, [])
+    with pytest.raises(BadInput, match="20 of 20 prompts: none would be left"):
+        held_out(rows, 20)
