@@ -32,7 +32,19 @@ def one_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["train"], ["sft"], ["eval"], ["score"], ["doctor"], ["rubrics"], ["rubrics", "lint"], ["rubrics", "import"], ["rubrics", "synthesize"]],
+    [
+        [],
+        ["train"],
+        ["sft"],
+        ["eval"],
+        ["score"],
+        ["convert"],
+        ["doctor"],
+        ["rubrics"],
+        ["rubrics", "lint"],
+        ["rubrics", "import"],
+        ["rubrics", "synthesize"],
+    ],
 )
 def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from megarubric.cli import main
@@ -26,7 +29,7 @@ from megarubric.errors import BadInput
 from megarubric.megatron import hf_files, manifest
 from megarubric.megatron.convert import Options, convert, plan, verify
 from megarubric.megatron.convert.bands import Sources, bands
-from megarubric.megatron.convert.verb import Lines, parse_size
+from megarubric.megatron.convert.verb import Lines, Terminal, parse_size
 from megarubric.megatron.dist_files import Place, dist_tensors
 from megarubric.megatron.families import family_of
 
@@ -461,6 +464,29 @@ def test_engines_say_that_they_do_not_read_it(pair: tuple[Path, Path], tmp_path:
     (tmp_path / "run.yaml").write_text(f"name: t\nmodel: {{path: {converted}}}\ndata: {{train: d.jsonl}}\n")
     with pytest.raises(BadInput, match="holds a Megatron checkpoint, which engines do not read"):
         engine_config(load_train(tmp_path / "run.yaml"), "policy")
+
+
+def test_progress(monkeypatch: Any, capsys: Any) -> None:
+    """A line when five seconds have passed, with speed and time left of this start alone; a bar without a thread."""
+    now = 100.0
+    monkeypatch.setattr("megarubric.megatron.convert.verb.time.monotonic", lambda: now)
+    lines = Lines()
+    lines.start("copying", 1_000_000_000, 400_000_000)
+    for now, done in ((103.0, 500), (106.0, 460), (107.0, 480), (112.0, 700)):  # noqa: B007
+        lines.advance(done * 1_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "copying: 1.00 GB, 400 MB done",
+        "copying: 460 MB of 1.00 GB, 10 MB/s, 54 s left",
+        "copying: 700 MB of 1.00 GB, 25 MB/s, 12 s left",
+    ]
+    out = io.StringIO()
+    threads = threading.active_count()
+    bar = Terminal(Console(file=out, force_terminal=True, width=100, color_system=None))
+    bar.start("copying", 1_000_000, 0)
+    assert threading.active_count() == threads
+    bar.advance(500_000)
+    bar.end()
+    assert "copying" in out.getvalue() and "0.5/1.0 MB" in out.getvalue()
 
 
 def test_sizes() -> None:

@@ -76,15 +76,16 @@ def _size(nbytes: int) -> str:
 
 
 class Terminal:
-    """A bar with speed and time left, on standard error."""
+    """A bar with speed and time left, on standard error or the console given."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
         self._bar: Bar | None = None
 
     def start(self, what: str, total: int, done: int) -> None:
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         # Drawn by `advance` alone: the conversion forks, and a thread that draws would be forked in the middle of it.
-        self._bar = Bar(TextColumn("{task.description}"), *columns, console=Console(stderr=True), auto_refresh=False)
+        self._bar = Bar(TextColumn("{task.description}"), *columns, console=self._console, auto_refresh=False)
         self._bar.start()
         self._task = self._bar.add_task(what, total=total, completed=done)
 

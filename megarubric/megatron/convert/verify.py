@@ -53,9 +53,10 @@ def verify(source: Path, target: Path, options: Options, progress: Progress) -> 
                 raise BadInput(directory, name, "is corrupt: its hash is not the manifest's")
             count(file.nbytes)
             return
-        for name in unit:
-            if _digest(places, name, shapes, count) != _digest(copies, name, shapes, count):
-                raise BadInput(target, name, "differs from the source")
+        with Sources() as sources:
+            for name in unit:
+                if _digest(sources, places, name, shapes, count) != _digest(sources, copies, name, shapes, count):
+                    raise BadInput(target, name, "differs from the source")
 
     try:
         pool.run(
@@ -91,16 +92,17 @@ def _nbytes(places: Places, name: str, shapes: dict[str, tuple[int, ...]]) -> in
     return hf_files.nbytes(_shape(name, shapes), plan.source_places(places, name)[0].info.dtype)
 
 
-def _digest(places: Places, name: str, shapes: dict[str, tuple[int, ...]], count: pool.Count) -> tuple[str, str]:
+def _digest(
+    sources: Sources, places: Places, name: str, shapes: dict[str, tuple[int, ...]], count: pool.Count
+) -> tuple[str, str]:
     """dtype and xxh3_128 of a tensor's bytes."""
     digest = xxhash.xxh3_128()
     stored = plan.source_places(places, name)
     shape = _shape(name, shapes)
-    with Sources() as sources:
-        for band in plan.piece_bands({name: stored}, plan.Piece(name, 0, shape[0]), {name: shape}):
-            for view in sources.read(band):
-                digest.update(view)
-                count(len(view))
+    for band in plan.piece_bands({name: stored}, plan.Piece(name, 0, shape[0]), {name: shape}):
+        for view in sources.read(band):
+            digest.update(view)
+            count(len(view))
     return stored[0].info.dtype, digest.hexdigest()
 
 
