@@ -166,6 +166,12 @@ class JudgeCache:
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        files = (self.path, self.path.with_name(self.path.name + "-wal"))
+        return sum(f.stat().st_size for f in files if f.exists())
+
+    @property
     def hit_rate(self) -> float:
         """Hits over look-ups of this process, 0 before the first."""
         asked = self.hits + self.misses
@@ -178,9 +184,7 @@ class JudgeCache:
 
     def stats(self) -> CacheStats:
         (entries,) = self._thread.submit(lambda: self._db.execute("SELECT count(*) FROM reply").fetchone()).result()
-        files = (self.path, self.path.with_name(self.path.name + "-wal"))
-        size = sum(f.stat().st_size for f in files if f.exists())
-        return CacheStats(entries, size, self.hits, self.misses, self.failed_writes)
+        return CacheStats(entries, self.size, self.hits, self.misses, self.failed_writes)
 
     def close(self) -> None:
         self._now.close()

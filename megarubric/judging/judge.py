@@ -108,7 +108,7 @@ class Judge:
         values = {f"judge/{name}": float(now[name] - self._told[name]) for name in _TOLD}
         self._told = now
         if self.cache is not None:
-            values["judge/cache_hit_rate"] = self.cache.hit_rate
+            values |= {"judge/cache_hit_rate": self.cache.hit_rate, "judge/cache_mb": self.cache.size / 1e6}
         return values
 
     async def judge(

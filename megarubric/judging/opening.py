@@ -98,6 +98,8 @@ async def open_judge(use: JudgeUse) -> AsyncIterator[Judge]:
             s = cache.stats()
             size = f"{s.entries} judgements, {s.bytes / 1e6:.1f} MB"
             print(f"cache {use.cache}: {size}, hit rate {s.hit_rate:.0%}", file=sys.stderr)
+            if use.replay_only and s.misses and not s.hits:
+                print("nothing was found: a replay needs the same template, mode and judge as before", file=sys.stderr)
 
 
 def assembled(

@@ -1,0 +1,109 @@
+"""The `judge` section against the files it names, before any process starts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megarubric.config import load_train
+from megarubric.errors import BadInput
+from megarubric.judging.backends import model_identity
+from megarubric.judging.cache import JudgeCache
+from megarubric.judging.calibration import Calibration
+from megarubric.launch.judge import check_judge, engines_of, judge_use
+from megarubric.rubrics import parse_rubric
+
+RUBRIC = parse_rubric({"id": "r", "criteria": [{"id": "calm", "description": "Calm."}]}, "test")
+MODEL = Path(__file__).parents[2] / "models/tiny-qwen3-moe"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: t\nmodel: {{path: {MODEL}}}\ndata: {{train: d.jsonl}}\n")
+    identity = model_identity(MODEL, "float32")
+    Calibration(identity, {}).save(tmp_path / "own.json")
+    Calibration("another", {}).save(tmp_path / "other.json")
+    (tmp_path / "half.json").write_text("{")
+    (tmp_path / "mine.txt").write_text("{{question}}")
+    for name, judges in (("one.db", [identity]), ("empty.db", [])):
+        cache = JudgeCache(tmp_path / name)
+        for judge in judges:
+            asyncio.run(cache.put(judge, {judge: b"x"}))
+        cache.close()
+    return path
+
+
+def check(config: Path, overrides: Sequence[str]) -> None:
+    here = [o.replace("@", f"{config.parent}/") for o in overrides]
+    check_judge(load_train(config, here), config, [RUBRIC])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["judge.kind=none"],
+        ["judge.calibration=@own.json"],
+        ["judge.kind=url", "judge.url=http://h", "judge.second=http://g#m", "judge.calibration=@other.json"],
+        ["judge.cache=@one.db", "judge.replay_only=true"],
+        ["judge.modes={'r/*': reason}"],
+        ["rollout.replay=x", "judge.template=gone"],  # nobody is asked
+    ],
+)
+def test_what_can_be(config: Path, overrides: list[str]) -> None:
+    check(config, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["judge.template=gone"], "gone: cannot be read; known templates"),
+        (["judge.template=@mine.txt"], "missing"),
+        (["judge.all_template=tier"], "cannot be the template of mode all"),
+        (["judge.modes={clam: reason}"], "'clam' fits no judged criterion"),
+        (["judge.model=@gone"], "judge.model is not a Hugging Face directory"),
+        (["judge.second=@gone"], "judge.second is not a Hugging Face directory"),
+        (["judge.calibration=@gone.json"], "gone.json: cannot be used as a calibration"),
+        (["judge.calibration=@half.json"], "half.json: cannot be used as a calibration"),
+        (["judge.calibration=@other.json"], "fitted for another"),
+        (["judge.cache=@gone.db", "judge.replay_only=true"], "gone.db: no such file"),
+        (["judge.cache=@empty.db", "judge.replay_only=true"], "holds no judgements"),
+        (["judge.cache=@one.db", "judge.replay_only=true", "model.dtype=bfloat16"], "holds none of"),
+    ],
+)
+def test_what_cannot_be_is_a_sentence(config: Path, overrides: list[str], reason: str) -> None:
+    with pytest.raises(BadInput, match=reason) as caught:
+        check(config, overrides)
+    assert "\n" not in str(caught.value)
+    assert not (config.parent / "gone.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "engines"),
+    [
+        ([], ["judge"]),
+        (["judge.second=m"], ["judge", "second-judge"]),
+        (["judge.second=http://h"], ["judge"]),
+        (["judge.kind=policy", "judge.second=m"], ["second-judge"]),
+        (["judge.kind=url", "judge.url=http://h"], []),
+        (["judge.cache=j.db", "judge.replay_only=true"], []),
+        (["rollout.replay=x"], []),
+    ],
+)
+def test_the_engines_a_judge_starts(config: Path, overrides: list[str], engines: list[str]) -> None:
+    assert engines_of(load_train(config, overrides)) == engines
+
+
+def test_a_verb_uses_the_same_judge(config: Path) -> None:
+    c = load_train(config, ["judge.kind=url", "judge.url=http://h", "judge.url_model=m", "judge.mode=all"])
+
+    def factory(directory: Path, device: str):  # type: ignore[no-untyped-def]
+        raise AssertionError
+
+    use = judge_use(c, None, factory)
+    assert (use.judge, use.settings and use.settings.mode, use.dtype) == ("http://h#m", "all", "float32")
+    assert judge_use(c, "other", factory).judge == "other"
