@@ -10,11 +10,16 @@ from typing import Literal, get_args
 
 import msgspec
 
+from megarubric.config import fp8
 from megarubric.config.layout import ParallelLayout
 from megarubric.errors import BadInput
 
 JudgeMode = Literal["tier", "reason", "all"]
 Family = Literal["instruction", "creative", "social", "humanities", "reasoning", "safety", "defence", "style"]
+
+
+# Memory in GB and architecture.
+CARDS = {"a100": (80.0, 80), "h100": (80.0, 90), "h200": (141.0, 90), "b200": (180.0, 100)}
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -142,6 +147,8 @@ class Train(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     micro_batch_tokens: int = 4096  # of a data-parallel rank
     recompute: bool = False
     optimizer_offload: bool = False  # Adam and its state on the host, in Megatron's hybrid optimizer; needs a GPU
+    fp8: fp8.Recipe = "none"  # of Transformer Engine's matrix products (config/fp8.py)
+    fp8_bf16_layers: int = 1  # so many first and last layers keep bf16 linears; 0 with delayed scaling
 
 
 class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -156,7 +163,17 @@ class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     etp: int = 1
     threads: int | None = None  # CPU threads a rank; null = cores / ranks
     master_port: int | None = None  # null = a free one
-    device_gb: float | None = None  # memory of the GPU this is meant for: --dry-run says whether it fits; null = a CPU
+    card: Literal["a100", "h100", "h200", "b200"] | None = None  # the GPU this is meant for, for checks; null = a CPU
+
+    @property
+    def device_gb(self) -> float | None:
+        """Memory of the card, 1e9 bytes; None on a CPU."""
+        return CARDS[self.card][0] if self.card else None
+
+    @property
+    def sm(self) -> int | None:
+        """Architecture of the card (90: Hopper); None on a CPU."""
+        return CARDS[self.card][1] if self.card else None
 
     @property
     def layout(self) -> ParallelLayout:
@@ -277,6 +294,8 @@ def check_optimizer(t: Train) -> str | None:
         return wrong
     if not (0 <= t.beta1 < 1 and 0 <= t.beta2 < 1):
         return f"train: beta1 {t.beta1} and beta2 {t.beta2} must be in [0, 1)"
+    if t.fp8_bf16_layers < 0:
+        return f"train.fp8_bf16_layers: must not be negative, is {t.fp8_bf16_layers}"
     if t.warmup_steps > t.steps:
         return f"train.warmup_steps: {t.warmup_steps} is more than train.steps {t.steps}"
     return None
@@ -339,6 +358,11 @@ def check_algorithm(a: Algorithm) -> str | None:
     return None
 
 
+def check_fp8(t: Train, p: Parallel, dtype: str) -> str | None:
+    wrong = fp8.refuse(t.fp8, p.sm, dtype, t.fp8_bf16_layers)
+    return f"train.fp8: {wrong}" if wrong else None
+
+
 def is_url(judge: str | None) -> bool:
     """Whether a judge is named by a URL (and not by a model directory)."""
     return judge is not None and judge.startswith(("http://", "https://"))
@@ -347,6 +371,7 @@ def is_url(judge: str | None) -> bool:
 def check_train(c: TrainConfig) -> str | None:
     """First reason why this run cannot run, as ``key: sentence``, or None."""
     wrong = check_parallel(c.parallel) or check_optimizer(c.train)
+    wrong = wrong or check_fp8(c.train, c.parallel, c.model.dtype)
     wrong = wrong or _positive(
         c.rollout, "rollout", "engines", "tensor_parallel", "prompts_per_step", "samples_per_prompt", "max_new_tokens"
     )
@@ -379,6 +404,7 @@ def check_train(c: TrainConfig) -> str | None:
 
 def check_sft(c: SftConfig) -> str | None:
     wrong = check_parallel(c.parallel) or check_optimizer(c.train)
+    wrong = wrong or check_fp8(c.train, c.parallel, c.model.dtype)
     wrong = wrong or _positive(c.data, "data", "tokens_per_step", "max_tokens")
     if not wrong and not c.data.train:
         return "data.train: names no file"

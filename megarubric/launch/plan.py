@@ -64,6 +64,8 @@ def worker_config(
         eps=t.eps,
         grad_clip=t.grad_clip,
         optimizer_offload=t.optimizer_offload,
+        fp8=t.fp8,
+        fp8_bf16_layers=t.fp8_bf16_layers,
         reference=reference,
         bucket_bytes=bucket_mb << 20,
         shm_prefix=f"megarubric-{secrets.token_hex(6)}",

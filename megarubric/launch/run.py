@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from megarubric.config import TrainConfig, dump, load_train
+from megarubric.config import TrainConfig, dump, fp8, load_train
 from megarubric.errors import BadInput, MegarubricError, ProcessDied
 from megarubric.evaluate.heldout import evaluate
 from megarubric.evaluate.summary import Summary
@@ -197,6 +197,8 @@ def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool
     there = not (dry_run and c.model.architecture) or Path(c.model.path, "config.json").exists()
     hf = plan.read_hf_config(c.model.path) if there else plan.read_config(c.model.architecture or "")[0]
     plan.check_layout(hf, c.parallel, path)
+    if c.train.fp8 != "none" and (wrong := fp8.refuse_model(c.train.fp8, hf, c.parallel.layout)):
+        raise BadInput(path, "train.fp8", wrong)
     if c.algorithm.routing_replay and not hf.get("num_experts"):
         raise BadInput(path, "algorithm.routing_replay", "is on, but the model has no experts")
     if (nodes := os.environ.get("SLURM_NNODES", "1")) != "1":

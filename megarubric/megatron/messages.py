@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from megarubric.config import fp8
 from megarubric.errors import MegarubricError
 from megarubric.exchange.buckets import Bucket, BucketTable
 from megarubric.exchange.rpc import Array, Frames, read_array
@@ -50,6 +51,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     eps: float = 1e-8
     grad_clip: float = 1.0
     optimizer_offload: bool = False  # Adam on the host; needs CUDA
+    fp8: fp8.Recipe = "none"
+    fp8_bf16_layers: int = 1  # so many first and last layers keep bf16 linears
     reference: bool = False  # keep a host copy of the first weights for KL to a reference
     bucket_bytes: int = 64 << 20
     shm_prefix: str = "megarubric"  # unique per run: names of shared memory segments begin with it

@@ -33,6 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megarubric.config.fp8 import Recipe
 from megarubric.errors import BadInput
 from megarubric.megatron import cpu
 
@@ -127,6 +128,26 @@ def transformer_config(
         modules = ["core_attn", "moe_act"] if engine else ["core_attn"]  # moe_act needs grouped experts
         fields |= {"recompute_granularity": "selective", "recompute_modules": modules}
     return TransformerConfig(**(fields | overrides))
+
+
+# Megatron's names of the recipes.
+_FP8 = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
+
+
+def fp8_fields(recipe: Recipe, bf16_layers: int) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for an FP8 recipe (config/fp8.py says what it does)."""
+    if recipe == "none":
+        return {}
+    return {
+        "fp8": "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid",  # fine scales need no wider gradients
+        "fp8_recipe": _FP8[recipe],
+        "fp8_param": False,  # exchange, checkpoints and the reference read bf16 parameters
+        "first_last_layers_bf16": bf16_layers > 0,
+        "num_layers_at_start_in_bf16": bf16_layers,
+        "num_layers_at_end_in_bf16": bf16_layers,
+        "moe_router_padding_for_quantization": True,
+        **({"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}),
+    }
 
 
 def build_model(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megarubric.config import fp8
 from megarubric.errors import BadInput, MegarubricError
 from megarubric.exchange.sender import Sender
 from megarubric.megatron import cpu
@@ -32,7 +33,7 @@ from megarubric.megatron.families import family_of  # noqa: E402
 from megarubric.megatron.logprob import token_logprobs  # noqa: E402
 from megarubric.megatron.loss import LossSums, TokenInputs, policy_loss  # noqa: E402
 from megarubric.megatron.messages import LossSettings, TrainBatch, UpdateMetrics, Which, WorkerConfig  # noqa: E402
-from megarubric.megatron.model import build_model, read_config  # noqa: E402
+from megarubric.megatron.model import Recompute, build_model, fp8_fields, read_config  # noqa: E402
 from megarubric.megatron.optimizer import AdamSettings, TrainedModel  # noqa: E402
 from megarubric.megatron.packing import MicroBatch, PackSettings, pack, plan  # noqa: E402
 from megarubric.megatron.pieces import model_pieces  # noqa: E402
@@ -88,7 +89,11 @@ class Trainer:
         # Commands and statistics go over gloo on the host on any machine, apart from the model's collectives.
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_s))
 
-        models = build_model(self.hf, self.layout, dtype=self.dtype, recompute="full" if config.recompute else "none")
+        if config.fp8 != "none" and self.device.type != "cuda":
+            raise BadInput("trainer", "fp8", f"{config.fp8} needs a GPU, and this rank has none")
+        quantised = fp8_fields(config.fp8, config.fp8_bf16_layers)
+        recompute: Recompute = "full" if config.recompute else "none"
+        models = build_model(self.hf, self.layout, dtype=self.dtype, recompute=recompute, **quantised)
         if config.init == "load":
             weights.load_hf(models, config.model_dir, self.layout)
         else:
@@ -111,7 +116,7 @@ class Trainer:
             dp=parallel_state.get_data_parallel_world_size(),
             micro_batch_multiple=config.pp if config.vpp else 1,
             sequence_multiple=2 * config.cp if config.cp > 1 else 1,
-            total_multiple=config.tp * config.cp,
+            total_multiple=fp8.token_multiple(config.fp8, self.layout),
         )
         # One tensor-parallel rank of the last stage speaks for its data: each token's values are reported once.
         self._reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0

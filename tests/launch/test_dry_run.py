@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 BAD_LAYOUTS = [
     (["parallel.ranks=6", "parallel.ep=1", "parallel.tp=4"], "parallel.tp * cp * pp: 6 ranks cannot be divided"),
     (["parallel.ep=3"], "parallel.etp * ep * pp: 8 ranks cannot be divided by etp 1 * ep 3 * pp 1 = 3"),
-    (["parallel.ranks=24", "parallel.ep=1", "parallel.tp=3"], "parallel.tp: 32 attention heads cannot be divided by tp 3"),
+    (["parallel.ranks=24", "parallel.ep=1", "parallel.tp=3"], "32 attention heads cannot be divided by tp 3"),
     (["parallel.ranks=40", "parallel.ep=5"], "parallel.ep: 128 experts cannot be divided by ep 5"),
     (["parallel.ranks=40", "parallel.ep=8", "parallel.pp=5"], "parallel.pp: 48 layers cannot be divided by pp 5"),
     (["parallel.pp=2", "parallel.ep=4", "parallel.vpp=2"], "parallel.vpp: interleaving needs pp of at least 3, not 2"),
@@ -49,7 +49,7 @@ BAD_LAYOUTS = [
     (["parallel.pp=4", "parallel.ep=2", "parallel.vpp=5"], "parallel.pp: 48 layers cannot be divided by pp 4 * vpp 5"),
     (["parallel.ranks=40", "parallel.ep=8", "parallel.etp=5"], "moe_intermediate_size 768 cannot be divided by etp 5"),
     (["parallel.cp=0"], "parallel.cp: must be"),
-    (["parallel.ranks=12", "parallel.ep=4", "parallel.tp=12"], "parallel.tp: 32 attention heads cannot be divided by tp 12"),
+    (["parallel.ranks=12", "parallel.ep=4", "parallel.tp=12"], "32 attention heads cannot be divided by tp 12"),
 ]  # fmt: skip
 
 

@@ -233,3 +233,20 @@ def test_model_on_two_ranks(ranks: Any) -> None:
         heads, context = answer["refused"]
         assert "3 attention heads cannot be divided by tp 2" in heads
         assert "context parallelism needs Transformer Engine" in context
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "blockwise", "mxfp8"])
+def test_megatron_takes_the_fields_of_every_fp8_recipe(recipe, monkeypatch):
+    """Only its question whether Transformer Engine is there is answered for it: this machine has none."""
+    import torch
+
+    from megarubric.megatron.model import fp8_fields, transformer_config  # installs the CPU bridge before Megatron
+
+    from megatron.core.transformer import transformer_config as megatron  # isort: skip
+
+    monkeypatch.setattr(megatron, "is_te_min_version", lambda *_: True)
+    hf = Path(__file__).parents[2] / "configs/architectures/qwen3_30b_a3b.json"
+    fields = fp8_fields(recipe, 0 if recipe == "delayed" else 2)
+    config = transformer_config(hf, ParallelLayout(), dtype=torch.bfloat16, **fields)
+    assert config.fp8 and config.fp8_recipe == {"current": "tensorwise"}.get(recipe, recipe)
+    assert config.moe_router_padding_for_quantization and config.moe_router_dtype == "fp32" and not config.fp8_param

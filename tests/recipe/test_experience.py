@@ -162,7 +162,7 @@ def test_routing_goes_into_the_batch_and_replays(tmp_path: Path) -> None:
     with pytest.raises(RolloutError, match="an answer has no recorded routing"):
         make_batch(scored([answer(0, 0, 1, 4), answer(0, 1, 0, 2)]), Algorithm(routing_replay=True), 8)
     (tmp_path / "step_1.routing.safetensors").write_bytes(b"\0" * 40)
-    with pytest.raises(BadInput, match="step_1.routing.safetensors: is not a record of routing"):
+    with pytest.raises(BadInput, match=r"step_1\.routing\.safetensors: is not a record of routing"):
         read_rollouts(tmp_path, 1, {a.sample.prompt.id: a.sample.prompt for a in rows})
 
 
