@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -224,10 +225,14 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def run_killed(who: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """`megarubric convert` where a process gets SIGKILL: one that writes, or the one that asked, or "nobody"."""
+def run_killed(who: str, *arguments: object, file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`megarubric convert` where a process gets SIGKILL: one that writes, or the one that asked, or "nobody".
+
+    `file_limit` stands in for a disk that fills up: no file gets more bytes.
+    """
     command = [sys.executable, "-c", _KILLED, who, "convert", *(str(a) for a in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    limit = None if file_limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit)
 
 
 def writers(target: Path) -> list[str]:
@@ -264,14 +269,32 @@ def test_a_killed_conversion_goes_on(pair: tuple[Path, Path], processes: int, wh
     assert writers(end) == []
 
 
+@pytest.mark.parametrize("processes,start,limit", [(1, 0, 65_000), (2, 0, 65_000), (1, 1, 200_000)])
+def test_a_disk_that_fills_up(pair: tuple[Path, Path], processes: int, start: int, limit: int, tmp_path: Path) -> None:
+    source, target = pair[start], tmp_path / "out"
+    full = run_killed("nobody", source, target, "--processes", processes, file_limit=limit)
+    assert full.returncode == 2 and not target.exists(), full
+    last = full.stderr.splitlines()[-1]
+    assert last.startswith("megarubric convert: ") and "File too large" in last and "Traceback" not in full.stderr
+    again = run_killed("nobody", source, target, "--processes", processes, "--json")  # with room
+    assert again.returncode == 0, again
+    if (processes, start) == (1, 0):  # the first file was small enough
+        assert json.loads(again.stdout)["bytes_of_an_earlier_start"] > 0
+    assert verify(source, target, Options(processes=1), Lines())
+
+
 def test_a_start_on_other_files_takes_nothing_of_an_earlier_one(tmp_path: Path) -> None:
     source = write_hf(tmp_path / "hf", MODELS["qwen3_moe"])
+    assert run_killed("worker", source, tmp_path / "out", "--processes", 1).returncode == -signal.SIGKILL
+    assert quick(source, tmp_path / "out").resumed == 0  # it cuts its files otherwise: nothing fits
+    subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
     assert run_killed("worker", source, tmp_path / "out", "--processes", 1).returncode == -signal.SIGKILL
     weights = next(source.glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert quick(source, tmp_path / "out").resumed == 0
+    again = run_killed("nobody", source, tmp_path / "out", "--processes", 1, "--json")
+    assert json.loads(again.stdout)["bytes_of_an_earlier_start"] == 0
     assert verify(source, tmp_path / "out", Options(), Lines())
 
 

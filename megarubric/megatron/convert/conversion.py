@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import xxhash
 
 from megarubric.errors import BadInput
 from megarubric.megatron import hf_files, manifest
@@ -44,11 +45,11 @@ class _Done(msgspec.Struct, frozen=True):
 
 
 class _Start(msgspec.Struct, frozen=True):
-    """The first line of the journal: what is being converted, so that nothing else is taken for a part of it."""
+    """The first line of the journal: what is converted, from which files, in which units. Nothing else goes on here."""
 
     source: str
     files: dict[str, tuple[int, int]]
-    options: str
+    units: str
 
 
 def convert(source: Path, target: Path, options: Options, progress: Progress) -> Converted:
@@ -197,7 +198,7 @@ class _Conversion:
         self.partial.mkdir(parents=True, exist_ok=True)
         with (self.partial / JOURNAL).open("a+b") as journal:
             self._lock(journal)
-            results = self._read_journal(journal)
+            results = self._read_journal(journal, units)
             resumed = sum(units[number].nbytes for number in results)
             self._check_room(sum(unit.nbytes for unit in units), resumed)
             self._log = journal
@@ -215,14 +216,14 @@ class _Conversion:
                 time.sleep(0.1)
         raise BadInput(self.target, None, "is being written by another conversion")
 
-    def _read_journal(self, journal: Any) -> dict[int, Any]:
+    def _read_journal(self, journal: Any, units: list[plan.Unit]) -> dict[int, Any]:
         """Results of an earlier start of this very conversion; else an empty directory and a new journal."""
         paths = {place.info.path for places in self.places.values() for place in places}
         stats = {str(path): path.stat() for path in sorted(paths)}
         start = _Start(
             str(self.source.resolve()),
             {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()},
-            f"{self.hf!r} {self.options.max_shard_bytes}",
+            xxhash.xxh3_128(repr((self.hf, units)).encode()).hexdigest(),
         )
         journal.seek(0)
         first, *lines = journal.read().split(b"\n")
