@@ -179,6 +179,60 @@ def test_what_is_wrong_with_the_whole_costs_the_rubric() -> None:
     assert mended(rubric(), 1)[0] is None
 
 
+TEXTS = (
+    "Names the boat.", "Names the boat and gives the hour.", "Is engaging.", "Names the harbour; gives the hour.",
+    "Does not scold the passengers.", "Agrees with the reference answer.", " Is short, calm, and plain. ",
+    "只写事实，并且不安慰。",
+    "Gives no wrong hour.", "Names the captain.", "Names either a pier or a boat.",
+)  # fmt: skip
+TIER_SETS = (
+    None, TIERS, (Tier(0, "At least two."), Tier(1, "At least three.")), (Tier(0, ""), Tier(1, "Yes.")),
+    (Tier(0, "Nothing of the kind."), Tier(1, "One of them is there."), Tier(2, "Both are there.")),
+)  # fmt: skip
+
+
+@st.composite
+def criteria(draw: st.DrawFn) -> Criterion:
+    veto = draw(st.none() | st.builds(Veto, st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]), st.booleans()))
+    return Criterion(
+        id=draw(st.sampled_from("abcdefgh")),
+        description=draw(st.sampled_from(TEXTS)),
+        weight=draw(st.sampled_from([1.0, 0.5, -1.0, 40.0, 0.0])),
+        needs_reference=draw(st.booleans()),
+        saturation=draw(st.none() | st.builds(Saturation, st.sampled_from([0.1, 0.7]), st.just(2.0))),
+        veto=veto,
+        **draw(
+            st.sampled_from(TIER_SETS).map(lambda t: {"tiers": t})
+            | st.sampled_from([9, 90]).map(lambda n: {"check": _words(n)})
+            | st.just({"check": _flattery()})
+        ),
+    )
+
+
+def _flattery() -> Any:
+    from megarubric.rubrics.checks import parse_check
+
+    return parse_check("hack:flattery_opening", {})
+
+
+@given(
+    st.lists(criteria(), max_size=8, unique_by=lambda c: c.id), st.sampled_from([None, "At noon."]), st.integers(1, 3)
+)
+def test_whatever_is_drafted_ends_clean_or_with_a_reason(
+    drafted: list[Criterion], reference: str | None, fewest: int
+) -> None:
+    before = rubric(*without_duplicates(drafted)[0], reference=reference)
+    after, notes = mended(before, fewest)
+    gone = {n.criterion for n in notes if n.action == "dropped"}
+    if after is None:
+        assert notes[-1].action == "rejected" and notes[-1].reason
+        return
+    assert not list(lint_rubric(after)) and len(after.criteria) >= fewest
+    assert [c.id for c in after.criteria] == [c.id for c in before.criteria if c.id not in gone]
+    changed = {c.id for c in after.criteria if c != before.criterion(c.id)}
+    assert changed <= {n.criterion for n in notes if n.action == "repaired"}
+
+
 def test_near_duplicates_across_rubrics_and_a_corpus() -> None:
     a, b = rubric(NOON, FOG, CALM), rubric(NOON, FOG, CALM, id="s.b")
     other = rubric(FOG, id="s.c", prompt="A poem about snow on a roof in a town by the sea, for a child of six.")

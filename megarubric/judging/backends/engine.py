@@ -73,8 +73,8 @@ class EngineBackend:
                 continue
             due.append(i)
             asked.append(TokenTierQuery(prompt_ids=prompt, tier_token_ids=self._tier_token_ids(query.tiers)))
-        self._count([query.prompt_ids for query in asked])
         rows = await self._engine.tier_logprobs(asked) if asked else []
+        self._count([query.prompt_ids for query, row in zip(asked, rows) if row.logprobs is not None])
         if len(rows) != len(due):
             return replies[: len(rows)]  # a wrong number of answers: the judge sees it and repeats the call
         for i, row in zip(due, rows):
@@ -98,17 +98,18 @@ class EngineBackend:
             )
             for prompt, q in zip(prompts, queries)
         ]
-        self._count(prompts)
         replies = []
-        for done in await self._engine.generate(requests):
-            self.completion_tokens += len(done.token_ids)
+        for prompt, done in zip(prompts, await self._engine.generate(requests)):
             if done.error is not None:
                 replies.append(TextReply(error=done.error))
             else:
+                self._count([prompt])
+                self.completion_tokens += len(done.token_ids)
                 replies.append(TextReply(text=self._encoder.decode(done.token_ids.tolist())))
         return replies
 
     def _count(self, prompts: Sequence[NDArray[np.int32]]) -> None:
+        """Prompts that were answered; what the engine refused cost nothing."""
         self.requests += len(prompts)
         self.prompt_tokens += sum(map(len, prompts))
 

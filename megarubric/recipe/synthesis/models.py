@@ -94,7 +94,8 @@ async def open_models(
     """
     async with contextlib.AsyncExitStack() as stack:
         opened: dict[str, Model] = {}
-        for role, spec in roles.items():
+        names = {role: spec if is_url(spec) else str(Path(spec).resolve()) for role, spec in roles.items()}
+        for role, spec in names.items():
             if spec in opened:
                 continue
             if is_url(spec):
@@ -105,7 +106,7 @@ async def open_models(
                 backend = backend_for_engine(engine, directory, schemas=True)
                 name = directory.resolve().name
                 opened[spec] = Model(backend, name, template_for(spec), _reasons(directory))
-        yield {role: opened[spec] for role, spec in roles.items()}
+        yield {role: opened[spec] for role, spec in names.items()}
 
 
 def checked_directory(spec: str, role: str) -> Path:
@@ -144,18 +145,21 @@ class Ledger:
     """What the backends spent, and since when it was last written down."""
 
     def __init__(self, models: Mapping[str, Model]) -> None:
-        self._backends = {m.backend.identity: m.backend for m in models.values()}
-        self._written = {identity: Spent() for identity in self._backends}
+        self._backends = {id(m.backend): m.backend for m in models.values()}.values()
+        self._written: dict[str, Spent] = {}
 
     def now(self) -> dict[str, Spent]:
         """Spent by this process, by model identity."""
-        counts = ((i, Spent(b.requests, b.prompt_tokens, b.completion_tokens)) for i, b in self._backends.items())
-        return {identity: spent for identity, spent in counts if spent}
+        total: dict[str, Spent] = {}
+        for b in self._backends:  # two clients may ask one model
+            spent = Spent(b.requests, b.prompt_tokens, b.completion_tokens)
+            total[b.identity] = total.get(b.identity, Spent()) + spent
+        return {identity: spent for identity, spent in total.items() if spent}
 
     def take(self) -> dict[str, Spent]:
         """Spent since the last call."""
         now = self.now()
-        fresh = {identity: spent - self._written[identity] for identity, spent in now.items()}
+        fresh = {identity: spent - self._written.get(identity, Spent()) for identity, spent in now.items()}
         self._written.update(now)
         return {identity: spent for identity, spent in fresh.items() if spent}
 

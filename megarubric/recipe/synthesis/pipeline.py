@@ -26,6 +26,7 @@ from megarubric.rubrics.synthesis.prompts import Segment, Templates
 from megarubric.rubrics.synthesis.schema import DRAFT_SCHEMA, SPLIT_SCHEMA
 from megarubric.rubrics.synthesis.validation import Floors
 
+_CHAT_TOKEN = re.compile(r"<\|[^|<>]*\|>")
 _REASONING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
@@ -146,6 +147,8 @@ class Pipeline:
         s = self.settings
         due = max(0, s.answers - len(row.answers))
         prompt = self.templates.render("answer", prompt=row.prompt)
+        if not _CHAT_TOKEN.search(row.prompt):  # the policy reads it as its users write it, brackets and all
+            prompt = [segment._replace(trusted=True) for segment in prompt]
         drawn = await self._recorded("policy", row).ask(
             "answer",
             [prompt] * due,

@@ -150,10 +150,8 @@ def run_synthesize(job: Job, engine_factory: EngineFactory, *, dry_run: bool = F
     if dry_run:
         _show_plan(job, rows, sources, templates)
         return 1 if bad else 0
-    if job.fresh:
-        job.journal.unlink(missing_ok=True)
     began = time.monotonic()
-    with contextlib.closing(Journal(job.journal)) as journal:
+    with contextlib.closing(Journal(job.journal, job.fresh)) as journal:
         try:
             outcomes, costs = asyncio.run(_until_told(_run(job, rows, sources, templates, journal, engine_factory)))
         except (asyncio.CancelledError, KeyboardInterrupt):

@@ -47,7 +47,9 @@ def read_object(text: str) -> dict[str, Any]:
     try:
         value, end = STRICT_JSON.raw_decode(body)
     except json.JSONDecodeError as error:
-        raise BadDraft(f"not JSON: {error.msg} at character {error.pos} of {len(body)}") from None
+        if error.pos >= len(body) or error.msg.startswith("Unterminated string"):
+            raise BadDraft(f"not JSON: it ends in the middle, after {len(body)} characters") from None
+        raise BadDraft(f"not JSON: {error.msg} (character {error.pos} of {len(body)})") from None
     except ValueError as error:  # a key twice, NaN, a number of thousands of digits
         raise BadDraft(f"not JSON: {' '.join(str(error).split())[:200]}") from None
     except RecursionError:

@@ -31,13 +31,13 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Journal:
-    """The file, open and locked for this process.
+    """The file, open and locked for this process; with `fresh`, emptied first.
 
     Raises:
         BadInput: another process has it; it is no journal; a line before the last cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
         self.spent_before: dict[str, Spent] = {}
         self.replayed = 0
@@ -49,6 +49,8 @@ class Journal:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise BadInput(path, None, "another process is writing it") from None
+            if fresh:
+                self._file.truncate(0)
             self._read()
         except BaseException:
             self._file.close()
