@@ -17,6 +17,13 @@ from typing import Any
 import pytest
 from http_judge import HttpJudge, Reply, chat_reply, http_judge
 
+from megarubric.config import load_train
+from megarubric.judging.types import JudgeItem
+from megarubric.launch.judge import make_judge
+from megarubric.launch.supervisor import Supervisor
+from megarubric.launch.system import System
+from megarubric.rubrics import load_rubrics
+
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = chat_reply([("1", {"0": math.log(0.2), "1": math.log(0.7)})])
 FAULTS = {
@@ -60,10 +67,10 @@ def question(body: dict[str, Any]) -> tuple[str, str]:
 
 
 def test_a_run_goes_on_through_every_fault_of_a_judge_and_nothing_becomes_zero(tmp_path: Path) -> None:
-    """Every fault has a criterion of its own, of 3 answers: masked, counted by kind, retried, kept out of the cache,
-    and asked again by the same command when the judge is well."""
+    """Every fault has a criterion of its own: masked, counted by kind, retried, kept out of the cache, and asked again
+    by the same command when the judge is well."""
     criteria = ["fine", *FAULTS]
-    arguments = files(tmp_path, criteria, 3)
+    arguments = files(tmp_path, criteria, 1)  # more failures in a row would count as a server that is down
     well = False
 
     def handler(server: HttpJudge, path: str, body: dict[str, Any]) -> Reply:
@@ -74,15 +81,15 @@ def test_a_run_goes_on_through_every_fault_of_a_judge_and_nothing_becomes_zero(t
         async with http_judge(handler) as server:
             out, cache = tmp_path / "out.jsonl", tmp_path / "judge.db"
             arguments.extend(["--judge", f"{server.url}#m", "--cache", str(cache), "--out", str(out), "--json"])
-            status, printed, errors = await megarubric(*arguments, "--timeout", "1")
+            status, printed, errors = await megarubric(*arguments, "--timeout", "2")
             rows = [json.loads(x) for x in out.read_text().splitlines()]
             assert status == 0 and "Traceback" not in errors
             for row in rows:
                 assert row["unread"] == list(FAULTS) and row["valid"] and row["reward"] == pytest.approx(7 / 9)
                 assert {n: s for n, s in row["scores"].items() if s is not None} == {"fine": pytest.approx(7 / 9)}
-            assert json.loads(printed)["unread"] == 3 * len(FAULTS)
+            assert json.loads(printed)["unread"] == len(FAULTS)
             told = re.findall(r"unread judgements: (.*)", errors)[0]
-            assert sum(map(int, re.findall(r"(?:^|, )(\d+) ", told))) > 0 and "timed out" in told
+            assert sum(map(int, re.findall(r"(?:^|, )(\d+) ", told))) >= 5 and "timed out" in told
             asked = Counter(question(body) for _, body, _ in server.requests)
             assert all(asked["Answer 0.", fault] > 1 for fault in FAULTS)  # retried
             assert asked["Answer 0.", "fine"] == 1
@@ -91,7 +98,7 @@ def test_a_run_goes_on_through_every_fault_of_a_judge_and_nothing_becomes_zero(t
             status, printed, _ = await megarubric(*arguments)
             asked = Counter(question(body) for _, body, _ in server.requests)
             assert status == 0 and json.loads(printed)["unread"] == 0
-            assert asked == {(f"Answer {i}.", fault): 1 for i in range(3) for fault in FAULTS}
+            assert asked == {("Answer 0.", fault): 1 for fault in FAULTS}
         first = out.read_bytes()
         status, _, _ = await megarubric(*arguments, "--replay-only")  # the server is gone
         assert status == 0 and out.read_bytes() == first
@@ -148,24 +155,28 @@ def test_ended_twice_in_the_middle_of_2000_judgements_and_gone_on_with(tmp_path:
 @pytest.mark.engine
 def test_a_training_run_goes_on_with_a_bad_judge_and_is_replayed_without_any(tmp_path: Path) -> None:
     """One of four judged criteria gets replies that cannot be used: its judgements are unread and counted, and the step
-    is trained. From the cache alone, the judge gone, the untrained model's held-out answers have the same rewards."""
+    is trained. From the cache alone, the judge gone, the step's answers have the same judgements to the last bit."""
 
     def handler(server: HttpJudge, path: str, body: dict[str, Any]) -> Reply:
         text = body["messages"][1]["content"]
         return list(FAULTS.values())[len(text) % 4 + 1] if "moral" in text.rpartition("Criterion")[2] else GOOD
 
-    small = ["train.steps=1", "evaluate.limit=2", "judge.timeout_s=2", "judge.retries=0", f"runs_dir={tmp_path}"]
+    small = [
+        "train.steps=1",
+        "data.heldout=null",
+        "checkpoint.export_hf=false",
+        "judge.timeout_s=2",
+        "judge.retries=0",
+        f"runs_dir={tmp_path}",
+    ]
     small += ["judge.kind=url", f"judge.cache={tmp_path}/judge.db", "judge.template=tier", "name=bad"]
-    evaluation = tmp_path / "eval.json"
+    url: list[str] = []
 
     async def main() -> None:
         async with http_judge(handler) as server:
-            url = [f"judge.url={server.url}", "judge.url_model=m"]
+            url.extend([f"judge.url={server.url}", "judge.url_model=m"])
             status, _, errors = await megarubric("train", "configs/smoke.yaml", *small, *url)
             assert status == 0, errors
-        again = ("eval", "configs/smoke.yaml", *small, *url, "judge.replay_only=true", "--out", str(evaluation))
-        status, _, errors = await megarubric(*again, "--model", "models/tiny-qwen3-moe")  # the server is gone
-        assert status == 0, errors
 
     asyncio.run(main())
     lines = (tmp_path / "bad/rollouts/step_1.jsonl").read_text().splitlines()
@@ -174,6 +185,22 @@ def test_a_training_run_goes_on_with_a_bad_judge_and_is_replayed_without_any(tmp
         assert scores.pop("no-moral") is None and row["valid"]
         assert all(score == pytest.approx(7 / 9) for score in scores.values()) and len(scores) == 3
     metrics = [json.loads(x) for x in (tmp_path / "bad/metrics.jsonl").read_text().splitlines()]
-    assert metrics[-1]["judge/unread_fraction"] == 0.25 and metrics[-1]["judge/unread"] >= len(lines)
-    before = json.loads((tmp_path / "bad/heldout.json").read_text())["before"]
-    assert json.loads(evaluation.read_text()) == before and before["unread_fraction"] == 0.25
+    assert metrics[-1]["judge/unread_fraction"] == 0.25 and metrics[-1]["judge/unread"] == len(lines)
+
+    c = load_train(ROOT / "configs/smoke.yaml", [*small, *url, "judge.replay_only=true"])
+    rubrics = {r.id: r for r in load_rubrics(ROOT / "rubrics/quickstart/train.jsonl")}
+
+    async def replay() -> None:  # the server is gone
+        system = System(Supervisor(tmp_path / "logs"), tmp_path / "ipc")
+        judge = await make_judge(c, system)
+        rows = list(map(json.loads, lines))
+        items = [JudgeItem(rubrics[row["rubric"]], row["prompt"], row["response"]) for row in rows]
+        for row, judged in zip(rows, await judge.judge(items)):
+            for name, j in judged.items():
+                was = row["judgements"][name]
+                assert (j.value, j.score, j.read, j.entropy) == (
+                    was["value"], was["score"], was.get("read", True), was.get("entropy")
+                )  # fmt: skip
+        await system.close()
+
+    asyncio.run(replay())
