@@ -21,6 +21,9 @@ ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 << 30
+CUT = "huggingface.json"  # in a converted checkpoint: how the Hugging Face files it came from were cut
+# What is about one directory and not about the model.
+_NOT_CARRIED = ("config.json", "manifest.json", "extra.json", CUT)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -202,7 +205,7 @@ def carried_files(source: Path) -> list[Path]:
         path
         for path in sorted(source.iterdir())
         if path.is_file()
-        and path.name != "config.json"
+        and path.name not in _NOT_CARRIED
         and not path.name.startswith(".")
         and path.suffix not in _WEIGHTS
         and not path.name.endswith(".index.json")

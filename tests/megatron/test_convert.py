@@ -154,6 +154,16 @@ def test_large_tensors_are_cut_and_files_filled(pair: tuple[Path, Path], monkeyp
     assert contents(tmp_path / "back") == contents(source)
 
 
+def test_weights_alone_and_a_config_from_elsewhere(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    source, converted = pair
+    quick(converted / "weights", tmp_path / "out", config=source)
+    assert verify(converted / "weights", tmp_path / "out", Options(processes=1, config=source), Lines())
+    assert verify(converted, tmp_path / "out", Options(processes=1, max_shard_bytes=1 << 30), Lines())
+    assert [p.name for p in hf_files.carried_files(converted)] == ["generation_config.json", "tokenizer.json"]
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "tokenizer.json", hf_files.SINGLE}
+
+
 def test_cut_anew(pair: tuple[Path, Path], tmp_path: Path) -> None:
     source, converted = pair
     quick(converted, tmp_path / "back", max_shard_bytes=100_000)

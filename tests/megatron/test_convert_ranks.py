@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
-from megarubric.megatron.convert import Options, convert
+from megarubric.megatron.convert import Options, convert, verify
 from megarubric.megatron.convert.verb import Lines
 
 pytestmark = pytest.mark.engine
@@ -150,7 +151,9 @@ def test_training_starts_from_a_converted_checkpoint(
 def test_a_training_checkpoint_becomes_a_hugging_face_one(family: str, checkpoints: Path, tmp_path: Path) -> None:
     checkpoints = checkpoints / family
     saved, trained = checkpoints / "step_1", checkpoints / "trained"
-    convert(saved, tmp_path / "out", Options(processes=2, config=checkpoints / "hf"), Lines())
+    options = Options(processes=2, config=checkpoints / "hf")
+    convert(saved, tmp_path / "out", options, Lines())
+    assert verify(saved, tmp_path / "out", options, Lines()) == len(load_file(trained / "model.safetensors"))
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
         p.name: p.read_bytes() for p in trained.iterdir()
     }

@@ -88,7 +88,7 @@ class _Conversion:
         cut = plan.read_cut(self.source, self.places)
         with self._journal(units) as (results, resumed):
             self._carry(self.source)
-            (self.partial / plan.CUT).write_bytes(msgspec.json.encode(cut))
+            (self.partial / hf_files.CUT).write_bytes(msgspec.json.encode(cut))
             (self.partial / WEIGHTS).mkdir(exist_ok=True)
             self._run("writing distributed checkpoint", units, self._write_archives, results, archive.import_torch)
             stored = (
@@ -132,15 +132,13 @@ class _Conversion:
 
     def to_hf(self) -> Converted:
         cut = None
-        if self.options.max_shard_bytes is None and (self.source / plan.CUT).is_file():
-            cut = read_cut_file(self.source / plan.CUT)
+        if self.options.max_shard_bytes is None and (self.source / hf_files.CUT).is_file():
+            cut = read_cut_file(self.source / hf_files.CUT)
         shard = self.options.max_shard_bytes or hf_files.MAX_SHARD_BYTES
         wanted = plan.hf_plan(self.manifest, self.places, cut, shard, self.source)
         units = plan.hf_units(wanted)
         with self._journal(units) as (results, resumed):
-            config = self.options.config
-            beside = (config if config.is_dir() else config.parent) if config else self.source
-            self._carry(beside)
+            self._carry(self.options.beside(self.source))
             dtypes = {DTYPES[info.dtype] for info in wanted.tensors.values()}
             path = self.partial / "config.json"
             path.write_bytes(plan.fitting_config(path.read_bytes(), dtypes))
@@ -184,10 +182,8 @@ class _Conversion:
 
     def _carry(self, beside: Path) -> None:
         """Copy config.json, tokenizer, generation config and what else lies beside the weights."""
-        own = {manifest.NAME, plan.CUT, "extra.json"}
         for path in [beside / "config.json", *hf_files.carried_files(beside)]:
-            if path.name not in own:
-                shutil.copyfile(path, self.partial / path.name)
+            shutil.copyfile(path, self.partial / path.name)
 
     @contextmanager
     def _journal(self, units: list[plan.Unit]) -> Iterator[tuple[dict[int, Any], int]]:

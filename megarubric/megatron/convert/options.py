@@ -22,6 +22,12 @@ class Options:
     def workers(self) -> int:
         return self.processes or min(8, os.cpu_count() or 1)
 
+    def beside(self, source: Path) -> Path:
+        """The directory that has the config.json and the tokenizer of `source`."""
+        if self.config is None:
+            return source
+        return self.config if self.config.is_dir() else self.config.parent
+
 
 class Progress(Protocol):
     """Hears what a phase is called, how many bytes it has, and how many are done."""

@@ -20,12 +20,11 @@ from megarubric.errors import BadInput
 from megarubric.megatron import hf_files
 from megarubric.megatron.convert.bands import Band, bands
 from megarubric.megatron.dist_files import DistTensor, Places
-from megarubric.megatron.hf_files import ITEM_BYTES, TensorInfo
+from megarubric.megatron.hf_files import CUT, ITEM_BYTES, TensorInfo
 
 ARCHIVE_BYTES = 256 << 20  # a larger tensor is stored in several rectangles of whole rows: Megatron reads one at a time
 FILE_BYTES = 512 << 20  # of archives in one .distcp file
 RANGE_BYTES = 256 << 20  # of a safetensors file in one unit
-CUT = "huggingface.json"  # in a converted checkpoint: how the Hugging Face files it came from were cut
 
 
 class Cut(msgspec.Struct, frozen=True):

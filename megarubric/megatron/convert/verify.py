@@ -33,7 +33,7 @@ def verify(source: Path, target: Path, options: Options, progress: Progress) -> 
     theirs, copies = open_places(target, options.config if not (target / "config.json").is_file() else None)
     _same_config(target, hf, theirs)
     _same_cut(source, target, places, copies, recut=options.max_shard_bytes is not None)
-    _same_files(source, target)
+    _same_files(options.beside(source), target)
     files = []
     for directory in (source, target):
         if (directory / manifest.NAME).is_file():
@@ -114,19 +114,16 @@ def _same_config(target: Path, hf: dict[str, Any], theirs: dict[str, Any]) -> No
 
 def _same_cut(source: Path, target: Path, places: Places, copies: Places, *, recut: bool) -> None:
     if not is_megatron(source):
-        if plan.read_cut(source, places) != read_cut_file(target / plan.CUT):
-            raise BadInput(target, plan.CUT, "does not describe the source's files")
+        if plan.read_cut(source, places) != read_cut_file(target / hf_files.CUT):
+            raise BadInput(target, hf_files.CUT, "does not describe the source's files")
         return
-    recorded = source / plan.CUT
+    recorded = source / hf_files.CUT
     if recorded.is_file() and not recut and plan.read_cut(target, copies) != read_cut_file(recorded):
         raise BadInput(target, None, "its files are not cut as the source records")
 
 
 def _same_files(source: Path, target: Path) -> None:
-    own = {manifest.NAME, plan.CUT, "extra.json"}
     for path in hf_files.carried_files(source):
-        if path.name in own:
-            continue
         copy = target / path.name
         if not copy.is_file() or manifest.hash_file(copy) != manifest.hash_file(path):
             raise BadInput(target, path.name, "is not the source's")
