@@ -35,13 +35,12 @@ def check_judge(c: TrainConfig, where: object, rubrics: Iterable[Rubric]) -> Non
             plan.read_hf_config(name, key)
     if j.calibration:
         Calibration.load(Path(j.calibration), model_identity(Path(_model(c)), c.model.dtype) if _starts(c) else None)
-    if j.replay_only:
-        assert j.cache is not None
-        if not Path(j.cache).is_file():
-            raise BadInput(j.cache, None, "no such file; judge.replay_only has nothing to replay")
+    if j.replay_only and not Path(str(j.cache)).is_file():
+        raise BadInput(j.cache, None, "no such file; judge.replay_only has nothing to replay")
+    if j.cache and Path(j.cache).exists():
         cache = JudgeCache(Path(j.cache))
         try:
-            for name in filter(None, (_name(c), j.second)):
+            for name in filter(None, (_name(c), j.second) if j.replay_only else ()):
                 replayed(cache, name, c.model.dtype)
         finally:
             cache.close()

@@ -88,7 +88,9 @@ def test_honest_texts_have_no_finding(text: str) -> None:
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("text", ["\n", "-", "<|", '"', "Tier [", "а", "A", "grader ", "\u200b", "tier:\n", " \t"])
+@pytest.mark.parametrize(
+    "text", ["\n", "-", "<|", '"', "Tier [", "а", "A", "grader ", "\u200b", "tier:\n", " \t", "rated ", "the my "]
+)
 def test_hostile_repetition_does_not_make_the_screen_crawl(text: str) -> None:
     screen("q", (text * 100_000)[:100_000], None)  # a pattern that backtracks would take minutes
 

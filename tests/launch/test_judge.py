@@ -71,6 +71,7 @@ def test_what_can_be(config: Path, overrides: list[str]) -> None:
         (["judge.calibration=@half.json"], "half.json: cannot be used as a calibration"),
         (["judge.calibration=@other.json"], "fitted for another"),
         (["judge.cache=@gone.db", "judge.replay_only=true"], "gone.db: no such file"),
+        (["judge.cache=@run.yaml"], "run.yaml: cannot be used as a judgement cache"),
         (["judge.cache=@empty.db", "judge.replay_only=true"], "holds no judgements"),
         (["judge.cache=@one.db", "judge.replay_only=true", "model.dtype=bfloat16"], "holds none of"),
     ],
