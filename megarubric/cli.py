@@ -146,6 +146,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help says more)\n")
 
 
+def _count(text: str) -> int:
+    """0 or more, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line, for `--help` and for tests."""
     top = _Parser(
@@ -179,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", choices=("heldout", "judge"), default="heldout", help="what is measured")
     p.add_argument("--rubrics", type=Path, metavar="FILE", help="suite judge: rubrics of the labelled answers")
     p.add_argument("--labelled", type=Path, metavar="FILE", help="suite judge: answers with known judgements, JSONL")
-    p.add_argument("--attacks", type=int, default=8, metavar="N", help="suite judge: answers to attack (default 8)")
+    p.add_argument("--attacks", type=_count, default=8, metavar="N", help="suite judge: answers to attack (default 8)")
     p.add_argument("--author", metavar="NAME", help="suite judge: the judge's own name among the answers' authors")
     p.add_argument("--fit-calibration", type=Path, metavar="FILE", help="suite judge: write the labels' calibration")
     p.add_argument("--out", metavar="FILE", default="eval.json", help="where the result goes (default eval.json)")
@@ -198,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--second-judge", metavar="MODEL_DIR|URL", help="asked where the first is unsure or unread")
     p.add_argument("--calibration", type=Path, metavar="FILE", help="corrects the judge's scores (eval makes it)")
     p.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for one call (default 120)")
-    p.add_argument("--max-requests", type=int, default=0, metavar="N", help="budget of a URL; beyond it: unread")
+    p.add_argument("--max-requests", type=_count, default=0, metavar="N", help="budget of a URL; beyond it: unread")
     p.add_argument("--cache", type=Path, metavar="FILE", help="SQLite file of judgements: nothing is judged twice")
     p.add_argument("--replay-only", action="store_true", help="with --cache: ask no judge at all")
     p.add_argument("--json", action="store_true", help="print the counts as JSON")

@@ -45,6 +45,10 @@ def test_all_good_is_0_and_some_bad_is_1(directory: Path) -> None:
         (("--responses", "absent.jsonl"), "absent.jsonl"),
         (("--rubrics", "in.jsonl"), "in.jsonl"),
         (("--device", "tpu"), "tpu"),
+        (("--max-requests", "-1"), "-1 is not a number of 0 or more"),
+        (("--draws", "3"), "mode tier gives a distribution"),
+        (("--mode", "all", "--template", "tier"), "cannot be the template of mode all"),
+        (("--second-judge", "m"), "there is no first"),
     ],
 )
 def test_what_cannot_run_is_2_in_one_line_and_leaves_no_output(
