@@ -200,3 +200,23 @@ def test_parameters_are_made_of_all_tensors(family: str) -> None:
     for name, runs in rows.items():
         ends = [0, *(stop for _, stop in sorted(runs))]
         assert [start for start, _ in sorted(runs)] == ends[:-1] and ends[-1] == manifest[name][0], name
+
+
+def test_the_plan_refuses_what_the_ranks_would() -> None:
+    """One check for both: the plan names the key of the run's config, and allows tp above the key-value heads."""
+    from megarubric.config.schema import Parallel
+    from megarubric.launch.plan import check_layout
+
+    model = hf("qwen3_moe", num_attention_heads=8, num_experts=8)
+    check_layout(model, Parallel(ranks=8, tp=8, ep=8), "run.yaml")  # each of two key-value heads on four ranks
+    check_layout(hf("qwen3"), Parallel(ranks=2, pp=2), "run.yaml")
+    for config, parallel, line in (
+        (model, Parallel(ranks=3, tp=3), "parallel.tp: 8 attention heads cannot be divided by tp 3"),
+        (model, Parallel(ranks=2, pp=2, vpp=2), "parallel.vpp: interleaving needs pp of at least 3, not 2"),
+        (hf("qwen3", num_experts=None), Parallel(ranks=2, ep=2), "parallel.ep: no experts cannot be divided by ep 2"),
+    ):
+        with pytest.raises(BadInput) as caught:
+            check_layout(config, parallel, "run.yaml")
+        assert str(caught.value) == f"run.yaml: {line}"
+    with pytest.raises(BadInput, match="model_type: 'llama' is not supported"):
+        check_layout(hf("llama"), Parallel(), "run.yaml")
