@@ -324,15 +324,19 @@ def test_a_judge_that_says_nothing_says_nothing_about_the_rubric(work: Path) -> 
     assert row["status"] == "failed" and row["stage"] == "validate" and "the judge read 0 of 64" in row["reason"]
 
 
-def test_a_budget_ends_asking_and_a_larger_one_goes_on(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("budget", [6, 60])  # while drafting; with most judgements made
+def test_a_budget_ends_asking_and_a_larger_one_goes_on(
+    work: Path, capsys: pytest.CaptureFixture[str], budget: int
+) -> None:
     with writing_server() as server:
-        assert synthesize(work, server.url, "--max-requests", "6") == 1
-        assert server.count.total() == 6 and "budget spent: 6 requests" in capsys.readouterr().err
+        assert synthesize(work, server.url, "--max-requests", str(budget)) == 1
+        assert server.count.total() == budget and f"budget spent: {budget} requests" in capsys.readouterr().err
+        assert next(r for r in report(work))["status"] == "failed"
         assert synthesize(work, server.url, "--max-requests", "500", "--json") == 0
         summary = json.loads(capsys.readouterr().out)
     assert server.count.total() == 71  # as many as in one run
     (cost,) = summary["cost"]
-    assert cost["now"][0] == 65 and cost["total"][0] == 71 and summary["kept"] == 1
+    assert cost["now"][0] == 71 - budget and cost["total"][0] == 71 and summary["kept"] == 1
 
 
 def test_two_names_of_one_model_are_counted_together(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

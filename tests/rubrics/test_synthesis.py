@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarubric.errors import BadInput
@@ -216,6 +216,7 @@ def _flattery() -> Any:
     return parse_check("hack:flattery_opening", {})
 
 
+@settings(max_examples=40)
 @given(
     st.lists(criteria(), max_size=8, unique_by=lambda c: c.id), st.sampled_from([None, "At noon."]), st.integers(1, 3)
 )

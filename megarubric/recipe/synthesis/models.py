@@ -25,7 +25,7 @@ from megarubric.rubrics.synthesis.journal import Entry, Journal
 from megarubric.rubrics.synthesis.prompts import Segment
 
 # A reply that says this about a single prompt would say it again: asking anew does not help.
-_HOPELESS = ("prompt of ", "prompt too long", "HTTP 400", "HTTP 413", "HTTP 422")
+HOPELESS = ("prompt of ", "prompt too long", "HTTP 400", "HTTP 413", "HTTP 422")
 
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*\Z")
 
@@ -221,7 +221,7 @@ class Recorded:
             raise Unreached(f"wrong number of answers: {len(replies)} for {len(queries)} questions")
         for reply in replies:
             if reply.error is not None:
-                raise (Refused if reply.error.startswith(_HOPELESS) else Unreached)(reply.error)
+                raise (Refused if reply.error.startswith(HOPELESS) else Unreached)(reply.error)
         return [reply.text or "" for reply in replies]
 
     async def _recorded[Q, R: (TierReply, TextReply)](

@@ -11,7 +11,7 @@ import msgspec
 from megarubric.judging.judge import Judge
 from megarubric.judging.settings import JudgeSettings
 from megarubric.judging.types import JudgeItem, Judgement
-from megarubric.recipe.synthesis.models import Recorded, Unreached
+from megarubric.recipe.synthesis.models import HOPELESS, Recorded, Unreached
 from megarubric.reward.reference import aggregate
 from megarubric.rubrics.schema import Criterion, Rubric
 from megarubric.rubrics.synthesis.model import Note, note_of
@@ -23,6 +23,16 @@ from megarubric.rubrics.synthesis.validation import (
     pointless,
     unusable,
     veto_fires,
+)
+
+# Why a judgement is unread although the judge was reached; everything else is a judge that was not.
+_ANSWERED = (
+    *HOPELESS,
+    "no tier",
+    "low tier mass",
+    "not log-probabilities",
+    "verdict out of range",
+    "wrong number of tier",
 )
 
 Readings = list[list[dict[str, Judgement]]]  # [readings][answers]
@@ -51,7 +61,7 @@ class Examiner:
     ) -> Validated:
         """`rubric` with what holds on `answers` (and on `good`, answers known to be good).
 
-        Raises Unreached when most of what the judge was asked could not be read: that says nothing about the rubric.
+        Raises Unreached when the judge could not be asked everything, or most of what it said could not be read.
         """
         items = [JudgeItem(rubric, prompt, text) for text in (*answers, *good)]
         judges = {name: Judge(backend, settings) for name, settings in self.settings.items()}
@@ -127,8 +137,12 @@ def _mean(scores: Sequence[float | None]) -> float | None:
 
 
 def _refuse_silence(readings: Readings) -> None:
+    """A judge that was not reached leaves holes that say nothing about a criterion, and can be filled another day. One
+    that answers what cannot be read is the judge's own matter, until it is most of what it says."""
     asked = [j for reading in readings for row in reading for j in row.values() if j.source == "judge"]
     unread = Counter(j.reason or "unread" for j in asked if not j.read)
-    if asked and 2 * unread.total() > len(asked):
-        reason, _ = unread.most_common(1)[0]
-        raise Unreached(f"the judge read {len(asked) - unread.total()} of {len(asked)} judgements: {reason}")
+    missed = Counter({reason: n for reason, n in unread.items() if not reason.startswith(_ANSWERED)})
+    for some in (missed, unread if 2 * unread.total() > len(asked) else Counter[str]()):
+        if some:
+            reason, _ = some.most_common(1)[0]
+            raise Unreached(f"the judge read {len(asked) - unread.total()} of {len(asked)} judgements: {reason}")
