@@ -41,8 +41,6 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa
 if TYPE_CHECKING:
     from megarubric.megatron.trainer import Trainer
 
-_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
-
 
 def save(trainer: Trainer, path: Path, extra: str) -> int:
     """Write `path`; its size in bytes. Collective.
@@ -113,16 +111,15 @@ def save(trainer: Trainer, path: Path, extra: str) -> int:
 def load(trainer: Trainer, path: Path) -> str:
     """Restore model, optimizer, random states and step count from `path`; returns the saver's `extra`. Collective.
 
-    Raises BadInput naming what is wrong, before anything is changed, when the checkpoint is partial, corrupt or of
-    another model, dtype or layout.
+    Any layout loads what any other saved: the same layout bit for bit, another one the same numbers in other places
+    (ranks then start with fresh random states, which training does not draw from). Raises BadInput naming what is
+    wrong, before anything is changed, when the checkpoint is partial, corrupt or of another model or dtype.
     """
     with _together(trainer, path, "read"):
         manifest = check(path, hashes=False)
         for name, found, wanted in (
             ("model", manifest.model, model_hash(trainer.manifest)),
             ("dtype", manifest.dtype, trainer.config.dtype),
-            ("world_size", manifest.world_size, trainer.world_size),
-            ("layout", manifest.layout, msgspec.structs.asdict(trainer.layout)),
         ):
             if found != wanted:
                 reason = f"is {found}, this run's is {wanted}"
@@ -134,11 +131,13 @@ def load(trainer: Trainer, path: Path) -> str:
                 raise BadInput(path, name, "is corrupt: its hash is not the manifest's")
         _refuse_foreign_objects(path / "weights")
     with torch.no_grad():  # the optimizer's float32 shards are views of parameters
-        loaded = dist_checkpointing.load(_state(trainer, loading=True), str(path / "weights"))
+        same = (manifest.world_size, manifest.layout) == (trainer.world_size, msgspec.structs.asdict(trainer.layout))
+        loaded = dist_checkpointing.load(_state(trainer, loading=True, random=same), str(path / "weights"))
         for number, chunk in enumerate(trainer.model.chunks):
             chunk.module.load_state_dict(loaded[f"model{number}"], strict=True)
-        trainer.model.load_optimizer(loaded["optimizer"])
-    _set_random_state(loaded["random"])
+        trainer.model.load_optimizer(loaded["optimizer"], manifest.steps)
+    if same:  # other ranks than those that were saved keep the random states of their seeds
+        _set_random_state(loaded["random"])
     trainer.steps = manifest.steps
     return (path / "extra.json").read_text()
 
@@ -146,13 +145,16 @@ def load(trainer: Trainer, path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- state
 
 
-def _state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
+def _state(trainer: Trainer, *, loading: bool, random: bool = True) -> dict[str, Any]:
     model: dict[str, Any] = {}
     for number, chunk in enumerate(trainer.model.chunks):
-        model[f"model{number}"] = chunk.module.sharded_state_dict(metadata=_METADATA)
-    optimizer = trainer.model.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
-    random_state = ShardedObject("random", _random_state(), (trainer.world_size,), (trainer.rank,), replica_id=0)
-    return {**model, "optimizer": optimizer, "random": random_state}
+        model[f"model{number}"] = chunk.module.sharded_state_dict()
+    optimizer = trainer.model.sharded_state(model, loading=loading)
+    state = {**model, "optimizer": optimizer}
+    if random:
+        shape, place = (trainer.world_size,), (trainer.rank,)
+        state["random"] = ShardedObject("random", _random_state(), shape, place, replica_id=0)
+    return state
 
 
 def _random_state() -> dict[str, Any]:

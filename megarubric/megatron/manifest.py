@@ -12,7 +12,7 @@ import xxhash
 
 from megarubric.errors import BadInput
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 
 

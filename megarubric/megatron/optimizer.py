@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.optimizer.optimizer import ChainedOptimizer  # noqa: E402
 
 from megarubric.megatron.model import wrap_for_training  # noqa: E402
+
+_SHARDING = "distrib_optim_sharding_type"
+_METADATA = {_SHARDING: "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 @dataclass(frozen=True)
@@ -99,16 +103,67 @@ class TrainedModel:
             if grads:
                 torch._foreach_mul_(grads, scale)
 
-    def load_optimizer(self, state: Any) -> None:
-        """Restore the optimizer from what dist_checkpointing loaded into its sharded state dict."""
-        self.optimizer.load_state_dict(state)
-        for part in self._parts():
-            if isinstance(part.optimizer, torch.optim.AdamW):
-                _restore_steps(part.optimizer)
+    def sharded_state(self, model_state: Any, *, loading: bool) -> dict[int, Any]:
+        """The optimizer for dist_checkpointing: masters and moments under the parameters' own names and shapes, so that
+        any layout loads what any other saved. The first data-parallel rank gathers, over gloo into host memory, what
+        the distributed optimizer has shared out. Groups (rates, steps) are not in it: they are the run's own."""
+        state: dict[int, Any] = {}
+        for number, part in enumerate(self._parts()):
+            part.get_parameter_state_dp_zero = partial(_with_padding, part)
+            try:
+                whole = part.sharded_state_dict(model_state, is_loading=loading, metadata=_METADATA)
+            finally:
+                del part.get_parameter_state_dp_zero
+            state[number] = whole["param_state"] or {}
+        return state
+
+    def load_optimizer(self, state: dict[int, Any], steps: int) -> None:
+        """Restore the optimizer from what dist_checkpointing loaded into its sharded state, after `steps` steps."""
+        for number, part in enumerate(self._parts()):
+            whole = part.state_dict()
+            for group in whole["optimizer"]["param_groups"]:
+                group["step"] = steps
+            whole |= {"param_state": state[number], "param_state_sharding_type": _METADATA[_SHARDING]}
+            torch_adam = isinstance(part.optimizer, torch.optim.AdamW)
+            if torch_adam:
+                # Megatron looks for each of a parameter's states in the checkpoint, and torch's have a step.
+                part._set_main_param_and_optimizer_states = partial(_set_without_step, part)
+            part.load_state_dict(whole)
+            if torch_adam:
+                del part._set_main_param_and_optimizer_states
+                _restore_steps(part.optimizer, steps)
 
     def weights_changed(self) -> None:
         """Take the model's present weights as the optimizer's masters (after weights were written from outside)."""
         self.optimizer.reload_model_params()
+
+
+def _with_padding(part: Any, *args: Any, **kwargs: Any) -> Any:
+    """The gathered states, with the padding between a buffer's buckets put back.
+
+    Megatron 0.19 gathers them without it and then cuts parameters out by their places in the padded buffer: with more
+    than one bucket, and a first one that is padded, every later parameter gets its neighbour's values.
+    """
+    state = type(part).get_parameter_state_dp_zero(part, *args, **kwargs)
+    if state is None:
+        return None
+    for number, buffer in enumerate(part.buffers):
+        for tensors in state[number].values():
+            for key, flat in tensors.items():
+                if not isinstance(flat, torch.Tensor):
+                    continue
+                padded, at = flat.new_zeros(buffer.numel), 0
+                for bucket in buffer.buckets:
+                    padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = flat[
+                        at : at + bucket.numel_unpadded
+                    ]
+                    at += bucket.numel_unpadded
+                tensors[key] = padded
+    return state
+
+
+def _set_without_step(part: Any, param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+    type(part)._set_main_param_and_optimizer_states(part, param, {"step": None, **tensors})  # None is left as it is
 
 
 def _start_state(optimizer: torch.optim.Optimizer) -> None:
@@ -125,13 +180,8 @@ def _start_state(optimizer: torch.optim.Optimizer) -> None:
                 }
 
 
-def _restore_steps(optimizer: torch.optim.AdamW) -> None:
-    """Give each parameter the step count that was loaded, as a tensor of its own.
-
-    Megatron 0.19 leaves two faults with torch's AdamW in the dp_reshardable format: it restores a group's step but then
-    copies the running optimizer's over the parameters' (0 in a new process: a wrong bias correction, silently), and all
-    parameters share one tensor, which then advances once a parameter.
-    """
+def _restore_steps(optimizer: torch.optim.AdamW, steps: int) -> None:
+    """Give each parameter its step count, as a tensor of its own: Megatron leaves all with one, or with none."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p]["step"] = torch.tensor(float(group["step"]))
+            optimizer.state[p]["step"] = torch.tensor(float(steps))
