@@ -130,7 +130,8 @@ class Run:
             shutil.rmtree(path)
         async with self.system.trainer_at_home() as trainer:
             await trainer.save(str(path.absolute()), msgspec.json.encode(self.state).decode())
-        self.dir.prune(self.config.checkpoint.keep)
+        best = self.state.best[0] if self.state.best and self.config.checkpoint.keep_best else None
+        self.dir.prune(self.config.checkpoint.keep, best)
 
     async def resume(self) -> None:
         """Go on from the newest checkpoint that is whole; a broken one is named and the one before it tried.

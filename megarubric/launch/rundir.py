@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import shutil
@@ -23,16 +24,25 @@ class RunState(msgspec.Struct, kw_only=True):
     """What the controller must remember to go on, kept inside each checkpoint as JSON.
 
     `step` steps are done; `version` is the weight version they made; `data` is the prompt set's position; `before` is
-    the held-out summary of the untrained policy; `criterion_means` feeds objective-wise advantages. `fit` names what
-    a checkpoint and the configuration must agree on.
+    the held-out summary of the untrained policy; `best` the step of the best held-out reward so far, and that reward;
+    `criterion_means` feeds objective-wise advantages. `fit` names what a checkpoint and the configuration must agree
+    on.
     """
 
     step: int = 0
     version: int = 0
     data: dict[str, int] = {}
     before: Summary | None = None
+    best: tuple[int, float] | None = None
     criterion_means: dict[str, dict[str, float]] = {}
     fit: dict[str, str] = {}
+
+    def note(self, summary: Summary) -> bool:
+        """Whether this step's held-out reward is the best so far, which is then remembered."""
+        if math.isnan(summary.reward) or (self.best is not None and summary.reward <= self.best[1]):
+            return False
+        self.best = (self.step, summary.reward)
+        return True
 
 
 class RunDir:
@@ -54,10 +64,11 @@ class RunDir:
         found = [int(m[1]) for p in self.checkpoints.iterdir() if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
         return sorted(found, reverse=True)
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints."""
+    def prune(self, keep: int, best: int | None = None) -> None:
+        """Delete all but the newest `keep` checkpoints, and that of step `best`."""
         for step in self.checkpoint_steps()[keep:]:
-            shutil.rmtree(self.checkpoint_path(step), ignore_errors=True)
+            if step != best:
+                shutil.rmtree(self.checkpoint_path(step), ignore_errors=True)
 
     def write_config(self, text: str) -> None:
         with whole_file(self.path / "config.yaml") as f:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from megarubric.errors import BadInput
+from megarubric.evaluate.summary import Summary
 from megarubric.launch.rundir import RunState, claim
 
 
@@ -46,8 +47,20 @@ def test_newest_first_and_pruned(tmp_path: Path) -> None:
             run.checkpoint_path(step).mkdir(parents=True)
         (run.checkpoints / "step_11.tmp").mkdir()
         assert run.checkpoint_steps() == [10, 4, 2]
-        run.prune(2)
-        assert run.checkpoint_steps() == [10, 4]
+        run.prune(1, best=2)
+        assert run.checkpoint_steps() == [10, 2]
+        run.prune(1)
+        assert run.checkpoint_steps() == [10]
+
+
+def test_the_best_evaluation_is_remembered() -> None:
+    state = RunState()
+    found = []
+    for state.step, reward in enumerate([float("nan"), 0.4, 0.3, 0.4, 0.5, float("nan")], 1):
+        found.append(state.note(Summary(1, reward, 1.0, 0.0, 0.0, 9.0, {})))
+    assert found == [False, True, False, False, True, False]
+    assert state.best == (5, 0.5)
+    assert msgspec.json.decode(msgspec.json.encode(state), type=RunState).best == (5, 0.5)
 
 
 def test_state_survives_json() -> None:
