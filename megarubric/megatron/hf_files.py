@@ -18,6 +18,7 @@ from megarubric.errors import BadInput
 from megarubric.megatron.families import family_of, read_config
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_WRITTEN_BYTES = ITEM_BYTES | {"F8_E4M3": 1}  # FP8 is written for engines, and not read
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 << 30
@@ -39,15 +40,15 @@ class TensorInfo:
     @property
     def row_bytes(self) -> int:
         """Bytes of one index of the first dimension."""
-        return math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape[1:]) * _WRITTEN_BYTES[self.dtype]
 
     @property
     def nbytes(self) -> int:
-        return self.shape[0] * self.row_bytes if self.shape else ITEM_BYTES[self.dtype]
+        return self.shape[0] * self.row_bytes if self.shape else _WRITTEN_BYTES[self.dtype]
 
 
 def nbytes(shape: tuple[int, ...], dtype: str) -> int:
-    return math.prod(shape) * ITEM_BYTES[dtype]
+    return math.prod(shape) * _WRITTEN_BYTES[dtype]
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
