@@ -185,13 +185,14 @@ def test_one_rank_trains_and_scores_every_token(one_rank):
     ("world", "config"),
     [
         (1, {"micro_batch_tokens": 4096}),
+        (1, {"micro_batch_tokens": 1}),
         (1, {"recompute": True}),
         (2, {"ep": 2}),
         (2, {"tp": 2}),
         (2, {"pp": 2}),
         (4, {"ep": 2, "pp": 2}),
     ],
-    ids=["one micro-batch", "recompute", "EP2", "TP2", "PP2", "EP2xPP2"],
+    ids=["one micro-batch", "not packed", "recompute", "EP2", "TP2", "PP2", "EP2xPP2"],
 )
 def test_losses_gradient_norms_and_weights_equal_one_rank(ranks, model_dir, one_rank, world, config, tmp_path):
     results = ranks(world, train_on_layout, model_dir=model_dir, config=config, out=str(tmp_path / "hf"))
