@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megarubric.errors import BadInput
 from megarubric.megatron import hf_files
+from megarubric.megatron.families import read_config
 
 BLOCK = 128
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -76,9 +77,9 @@ def export_fp8(
     """
     if target.exists():
         raise BadInput(target, None, "exists already")
-    config, tensors = hf_files.open_checkpoint(source)
-    if "quantization_config" in config:
+    if "quantization_config" in read_config(source)[0]:
         raise BadInput(source, "config.json", "has a quantization_config: it is quantised already")
+    config, tensors = hf_files.open_checkpoint(source)
     manifest: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     for name, info in tensors.items():

@@ -109,7 +109,7 @@ def test_refusals_leave_nothing(source: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="there: exists already"):
         export_fp8(source, tmp_path / "there")
     export_fp8(source, tmp_path / "once")
-    with pytest.raises(BadInput, match="it is quantised already|unexpected|dtype"):
+    with pytest.raises(BadInput, match="it is quantised already"):
         export_fp8(tmp_path / "once", tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
     odd = Path(__file__).parents[2] / "models/tiny-qwen3-moe"
