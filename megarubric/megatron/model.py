@@ -50,7 +50,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from megarubric.config.layout import ParallelLayout  # noqa: E402
 from megarubric.megatron.families import family_of, read_config  # noqa: E402
-from megarubric.megatron.layers import decoder_spec  # noqa: E402
+from megarubric.megatron.layers import PackedRotary, decoder_spec  # noqa: E402
 
 # It tells every rank at every start that GPTModel only gets fixes from now on; the pin in pyproject.toml knows.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
@@ -189,6 +189,8 @@ def build_model(
         )
         if torch.cuda.is_available():
             model = model.cuda()
+        if config.transformer_impl == "local":
+            model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb)
         _pad_vocabulary(model, hf["vocab_size"], layout)
         models.append(model)
     return models
