@@ -108,6 +108,7 @@ class Reward(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     advantage: Literal["center", "standardize", "objective_wise"] = "standardize"
     gamma: float = 0.0  # objective_wise only: weight w * (1 - running mean score)^gamma
+    defence: list[str] = []  # rubric files or directories whose vetoes gate every prompt's answers (docs/defence.md)
 
 
 class Algorithm(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -206,6 +207,18 @@ class Evaluate(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     temperature: float = 1.0
 
 
+class Filter(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`megarubric filter`: a prompt is kept when its mean reward lies in the central part of the distribution, from
+    quantile `low` to quantile `high`, and its answers differ (docs/filtering.md)."""
+
+    samples_per_prompt: int = 8
+    low: float = 0.2
+    high: float = 0.8
+    by: Literal["family", "all"] = "all"  # whose distribution: that of the rubric's family, or of all prompts
+    min_std: float = 0.01  # population standard deviation of a prompt's rewards, at least
+    limit: int | None = None  # only the first so many prompts
+
+
 class Wandb(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weights & Biases. `offline` needs no account and no network."""
 
@@ -232,6 +245,7 @@ class TrainConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     exchange: Exchange = Exchange()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
+    filter: Filter = Filter()
     wandb: Wandb = Wandb()
 
 
@@ -359,6 +373,18 @@ def check_algorithm(a: Algorithm) -> str | None:
     return None
 
 
+def check_filter(f: Filter) -> str | None:
+    if f.samples_per_prompt < 2:
+        return f"filter.samples_per_prompt: a spread needs at least 2 answers, is {f.samples_per_prompt}"
+    if not (0 <= f.low < f.high <= 1):
+        return f"filter.low: needs 0 <= low < high <= 1, low is {f.low} and high {f.high}"
+    if f.min_std < 0:
+        return f"filter.min_std: must not be negative, is {f.min_std}"
+    if f.limit is not None and f.limit <= 0:
+        return f"filter.limit: must be above 0 (or null), is {f.limit}"
+    return None
+
+
 def check_fp8(t: Train, p: Parallel, dtype: str) -> str | None:
     wrong = fp8.refuse(t.fp8, p.sm, dtype, t.fp8_bf16_layers)
     return f"train.fp8: {wrong}" if wrong else None
@@ -378,7 +404,7 @@ def check_train(c: TrainConfig) -> str | None:
     )
     wrong = wrong or _positive(c.rollout, "rollout", "temperature", "max_num_seqs", "cpu_kv_gib")
     wrong = wrong or check_judge(c.judge)
-    wrong = wrong or check_algorithm(c.algorithm)
+    wrong = wrong or check_algorithm(c.algorithm) or check_filter(c.filter)
     wrong = wrong or _positive(c.exchange, "exchange", "bucket_mb") or _positive(c.checkpoint, "checkpoint", "keep")
     if wrong:
         return wrong

@@ -22,6 +22,7 @@ from megarubric.launch.system import System, running
 from megarubric.observe import terminal
 from megarubric.observe.files import whole_file
 from megarubric.observe.metrics import MetricsLog
+from megarubric.recipe.defence.apply import defend_rows, read_defences
 from megarubric.recipe.experience import Answer, WritingTimes
 from megarubric.recipe.records import read_rollouts
 from megarubric.reward.advantages import CriterionMeans
@@ -39,11 +40,18 @@ from megarubric.rubrics import Rubric
 
 
 class Prompts:
-    """The prompts of a run: training order, held-out set, and the tokenizer that rendered them."""
+    """The prompts of a run: training order, held-out set, and the tokenizer that rendered them.
+
+    Each carries the rubric of its row and the vetoes of `reward.defence`. `rows` and `kept_out` are the rows of
+    `data.train` as they were read, split by `data.holdout`; `dropped` says which of them cannot be used, and why.
+    """
 
     def __init__(self, c: TrainConfig) -> None:
         self.tokenizer = ChatTokenizer(Path(c.model.path), c.data.system_prompt)
+        self.dropped: dict[str, str] = {}
+        self._defences = read_defences(c.reward.defence)
         rows, out = held_out(self._read(c, c.data.train), c.data.holdout, c.data.train)
+        self.rows, self.kept_out = rows, out
         self.train, held = self._ready(c, rows, c.data.train), self._ready(c, out, c.data.train)
         if c.data.heldout:
             held = self._ready(c, self._read(c, c.data.heldout), c.data.heldout)
@@ -64,8 +72,10 @@ class Prompts:
     def _ready(self, c: TrainConfig, rows: list[PromptRow], path: str) -> list[Prompt]:
         if not rows:
             return []
+        rows = defend_rows(rows, self._defences, path)
         prompts = tokenize_prompts(rows, self.tokenizer, c.data.max_prompt_tokens, path)
         if prompts.dropped:
+            self.dropped |= prompts.dropped
             reasons = ", ".join(f"{n} {reason}" for reason, n in prompts.dropped_by_reason.items())
             terminal.say(f"{path}: {len(prompts.dropped)} of {len(rows)} prompts left out ({reasons})")
         return list(prompts)
