@@ -86,6 +86,12 @@ def _score(a: argparse.Namespace) -> int:
     return run_score(a.rubrics, a.responses, a.out, use, as_json=a.json)
 
 
+def _filter(a: argparse.Namespace) -> int:
+    from megarubric.launch.filter import run_filter
+
+    return run_filter(a.config, a.overrides, fresh=a.fresh, retry_unscored=a.retry_unscored, as_json=a.json)
+
+
 def _convert(a: argparse.Namespace) -> int:
     from megarubric.megatron.convert.verb import run_convert
 
@@ -209,6 +215,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", type=Path, metavar="FILE", help="SQLite file of judgements: nothing is judged twice")
     p.add_argument("--replay-only", action="store_true", help="with --cache: ask no judge at all")
     p.add_argument("--json", action="store_true", help="print the counts as JSON")
+
+    p = verb("filter", _filter, "keep the training prompts in the central quantile of the score distribution")
+    config(p)
+    p.add_argument("--fresh", action="store_true", help="move an earlier filter of this run aside and start anew")
+    p.add_argument("--retry-unscored", action="store_true", help="ask again what came back without any score")
+    p.add_argument("--json", action="store_true", help="print the summary as JSON")
 
     p = verb("convert", _convert, "Hugging Face <-> Megatron checkpoints; the direction is told from SRC")
     p.add_argument("source", type=Path, metavar="SRC", help="Hugging Face directory, or distributed checkpoint")
