@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from megarubric.config import fp8
+from megarubric.config import fp8, slurm
 from megarubric.config.layout import ParallelLayout
 from megarubric.errors import BadInput
 
@@ -247,6 +247,7 @@ class TrainConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     evaluate: Evaluate = Evaluate()
     filter: Filter = Filter()
     wandb: Wandb = Wandb()
+    slurm: slurm.Slurm = slurm.Slurm()
 
 
 class SftData(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -405,6 +406,8 @@ def check_train(c: TrainConfig) -> str | None:
     wrong = wrong or _positive(c.rollout, "rollout", "temperature", "max_num_seqs", "cpu_kv_gib")
     wrong = wrong or check_judge(c.judge)
     wrong = wrong or check_algorithm(c.algorithm) or check_filter(c.filter)
+    if not wrong and (refused := slurm.refuse(c.slurm, c.parallel.ranks, c.parallel.card)):
+        wrong = f"slurm.{refused}"
     wrong = wrong or _positive(c.exchange, "exchange", "bucket_mb") or _positive(c.checkpoint, "checkpoint", "keep")
     if wrong:
         return wrong
