@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from megarubric import __version__
 from megarubric.errors import BadInput, MegarubricError
+from megarubric.recipe.defence.options import defend_arguments
 from megarubric.recipe.synthesis.options import synthesize_arguments
 
 Group = argparse._SubParsersAction  # argparse has no public name for it
@@ -92,6 +93,13 @@ def _filter(a: argparse.Namespace) -> int:
     return run_filter(a.config, a.overrides, fresh=a.fresh, retry_unscored=a.retry_unscored, as_json=a.json)
 
 
+def _defend(a: argparse.Namespace) -> int:
+    from megarubric.launch.engines import judge_engine
+    from megarubric.recipe.defence.verb import run_defend
+
+    return run_defend(a, judge_engine)
+
+
 def _convert(a: argparse.Namespace) -> int:
     from megarubric.megatron.convert.verb import run_convert
 
@@ -104,6 +112,18 @@ def _convert(a: argparse.Namespace) -> int:
         max_shard_size=a.max_shard_size,
         as_json=a.json,
     )
+
+
+def _submit(a: argparse.Namespace) -> int:
+    from megarubric.launch.slurm import run_submit
+
+    return run_submit(a.config, a.overrides, dry_run=a.dry_run, chain=a.chain)
+
+
+def _report(a: argparse.Namespace) -> int:
+    from megarubric.observe.report import run_report
+
+    return run_report(a.run_dir, a.out, as_json=a.json)
 
 
 def _doctor(a: argparse.Namespace) -> int:
@@ -222,6 +242,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--retry-unscored", action="store_true", help="ask again what came back without any score")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
 
+    p = verb("defend", _defend, "mine a run's answers for reward hacking and propose a defence rubric")
+    defend_arguments(p)
+
     p = verb("convert", _convert, "Hugging Face <-> Megatron checkpoints; the direction is told from SRC")
     p.add_argument("source", type=Path, metavar="SRC", help="Hugging Face directory, or distributed checkpoint")
     p.add_argument("target", type=Path, metavar="DST", help="directory to make")
@@ -232,6 +255,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-shard-size", metavar="SIZE", help="of a safetensors file, e.g. 5GB (default: as SRC was)")
     p.add_argument("--processes", type=int, default=0, metavar="N", help="default: one a core, at most 8")
     p.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    p = verb("submit", _submit, "render the Slurm job of a run (`slurm:` in the config) and submit it")
+    config(p)
+    p.add_argument("--dry-run", action="store_true", help="print the batch script; submit nothing")
+    p.add_argument("--chain", type=_count, default=1, metavar="N", help="N jobs, one after the other, each resuming")
+
+    p = verb("report", _report, "one self-contained HTML file about a run: curves, samples, hacking signals")
+    p.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, e.g. runs/quickstart")
+    p.add_argument("--out", type=Path, metavar="FILE", help="where the page goes (default RUN_DIR/report.html)")
+    p.add_argument("--json", action="store_true", help="print the headline and the signals as JSON")
 
     p = verb("doctor", _doctor, "what this machine can run")
     p.add_argument("--json", action="store_true")
