@@ -17,7 +17,8 @@ def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
         return 0.0, 1.0
     p, z2 = hits / n, z * z
     centre, spread = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z2 / n)), min(1.0, (centre + spread) / (1 + z2 / n))
+    low, high = (centre - spread) / (1 + z2 / n), (centre + spread) / (1 + z2 / n)
+    return (low if hits else 0.0), (high if hits < n else 1.0)  # exact at the ends, where rounding is seen
 
 
 def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,19 +15,25 @@ from megarubric.observe.files import whole_file
 from megarubric.rubrics import Rubric, dumps, load_rubrics, parse_rubric, to_dict
 from megarubric.rubrics.lint import lint_paths
 from megarubric.rubrics.load import SUFFIXES
-from megarubric.rubrics.yaml_reader import YamlProblem, documents
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that is not plainly text: what an answer says may look like a number or a date to a reader."""
+
+
+_PLAINLY_TEXT = re.compile(r"[A-Za-z][A-Za-z .,_/()-]*", re.ASCII)
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if _PLAINLY_TEXT.fullmatch(text) else '"'
+    ),
+)
 
 
 def as_yaml(rubric: Rubric) -> str:
     """The rubric as a YAML document that reads back equal."""
-    text = ""
-    for style in (None, '"'):  # quoted throughout when a word of an answer looks like a number to our reader
-        text = yaml.safe_dump(to_dict(rubric), sort_keys=False, allow_unicode=True, width=110, default_style=style)
-        with contextlib.suppress(BadInput, YamlProblem):
-            ((data, _),) = documents(text)
-            if parse_rubric(data, "defence") == rubric:
-                break
-    return text
+    text = yaml.dump(to_dict(rubric), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return str(text)
 
 
 def promotion(rubric: Rubric, target: Path) -> tuple[Path, str, str]:
