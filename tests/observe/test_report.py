@@ -145,6 +145,26 @@ def test_a_missing_piece_is_named_and_the_rest_is_there(tmp_path: Path, gone: st
     assert gone in html.partition("What is missing")[2].partition("</section>")[0]
 
 
+def test_evaluations_and_a_supervised_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write(run, 2)
+    summary = {"answers": 6, "reward": 0.625, "valid_fraction": 1.0, "veto_rate": 0.5, "unread_fraction": 0, "words": 9}
+    (run / "eval-late.json").write_text(json.dumps(summary | {"criteria": {}}))
+    (run / "eval.json").write_text("[]")
+    other = {"answers": 6, "reward": 0.5, "valid_fraction": 1.0, "veto_rate": 0.0, "unread_fraction": 0.0, "words": 9.0}
+    both = {"before": other | {"criteria": {}}, "after": summary | {"criteria": {}}}
+    (run / "heldout.json").write_text(json.dumps(both))
+    html = html_of(run)
+    checked(html)
+    assert "eval-late.json" in html and "eval.json is not an evaluation" in html and "+0.125" in html
+    plain = tmp_path / "sft"
+    plain.mkdir()
+    (plain / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.5}\n{"step": 2, "train/loss": 1.5}\n')
+    html = html_of(plain)
+    checked(html)
+    assert "Supervised cold start" in html and "1.500" in html and "rollouts/ has no step" not in html
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no such run directory"):
         read_run(tmp_path / "none")

@@ -56,6 +56,7 @@ class Report:
     """The page."""
 
     name: str
+    kind: str
     facts: list[tuple[str, str]]
     headline: list[tuple[str, str, str]]
     curves: list[Figure] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Report:
     multiples_left_out: int = 0
     vetoes: list[Figure] = field(default_factory=list)
     table: list[tuple[str, str, str, str, str]] = field(default_factory=list)
+    evaluations: list[tuple[str, ...]] = field(default_factory=list)
     groups: list[tuple[str, str, list[Shown]]] = field(default_factory=list)
     pairs: list[tuple[str, Shown, Shown]] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
@@ -76,7 +78,12 @@ class Report:
 def build(source: Source, samples: Samples) -> Report:
     """The report of a run."""
     name = str(source.settings.get("name") or source.path.resolve().name)
-    report = Report(name, _facts(source), _headline(source), config=source.config)
+    kind = "Reinforcement learning from rubric rewards" if _is_rl(source) else "Supervised cold start"
+    report = Report(name, kind, _facts(source), _headline(source), config=source.config)
+    report.evaluations = [
+        (file, f"{e.answers}", f"{e.reward:.3f}", f"{e.valid_fraction:.1%}", f"{e.veto_rate:.1%}", f"{e.words:.1f}")
+        for file, e in source.evaluations.items()
+    ]
     report.curves = _curves(source.metrics)
     _criteria(report, source.metrics)
     if source.heldout is not None:
@@ -91,12 +98,16 @@ def build(source: Source, samples: Samples) -> Report:
     report.signal_figures = _signal_figures(samples.counts)
     report.openings = [(words, n, f"{top:.0%}", f"{overall:.0%}") for words, n, top, overall in samples.openings]
     report.notes = [*source.notes, *_few(samples.notes)]
-    if not samples.steps_in_run:
+    if not samples.steps_in_run and _is_rl(source):
         report.notes.append("rollouts/ has no step: no samples, and no signals from answers.")
     report.sampled = (
         f"{samples.answers:,} answers of {len(samples.counts)} of {samples.steps_in_run:,} steps were read."
     )
     return report
+
+
+def _is_rl(source: Source) -> bool:
+    return "rollout" in source.settings or "reward/mean" in source.metrics or bool(source.rollout_files)
 
 
 def _few(notes: Sequence[str]) -> list[str]:
@@ -147,6 +158,11 @@ def _headline(source: Source) -> list[tuple[str, str, str]]:
     reward = source.metrics.get("reward/mean")
     if reward is not None and len(reward.values):
         return [("training reward", f"{reward.values[-1]:.3f}", f"step {reward.steps[-1]:.0f}; no held-out result yet")]
+    loss = source.metrics.get("train/loss")
+    if loss is not None and len(loss.values):
+        return [
+            ("training loss", f"{loss.values[-1]:.3f}", f"step {loss.steps[-1]:.0f}; at first {loss.values[0]:.3f}")
+        ]
     return []
 
 
@@ -163,6 +179,8 @@ _CURVES: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[float | None, float
     ("|trainer − engine| log-probability, nats a token", (("mean", "train/logprob_abs_diff"),), (0.0, None)),
     ("Entropy, nats", (("policy, a token", "train/entropy"), ("judge, a judgement", "judge/entropy")), (0.0, None)),
     ("Length, tokens", (("mean", "rollout/length"),), (0.0, None)),
+    ("Loss", (("training", "train/loss"), ("held out", "eval/loss")), (None, None)),
+    ("Learning rate", (("rate", "train/lr"),), (0.0, None)),
     ("Gradient norm", (("norm", "train/grad_norm"),), (0.0, None)),
 )
 _TIMES = (

@@ -79,6 +79,7 @@ class Source:
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Series] = field(default_factory=dict)
     heldout: BeforeAfter | None = None
+    evaluations: dict[str, Summary] = field(default_factory=dict)  # by file name
     rollout_files: dict[int, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -91,6 +92,7 @@ def read_run(path: Path) -> Source:
     _read_config(source)
     _read_metrics(source)
     _read_heldout(source)
+    _read_evaluations(source)
     folder = path / "rollouts"
     if folder.is_dir():
         found = {int(m[1]): p for p in folder.iterdir() if (m := _STEP_FILE.fullmatch(p.name))}
@@ -165,6 +167,15 @@ def _read_heldout(source: Source) -> None:
         source.notes.append("heldout.json is not there: it is written when a run with held-out prompts ends.")
     except (msgspec.DecodeError, UnicodeDecodeError):
         source.notes.append("heldout.json cannot be read.")
+
+
+def _read_evaluations(source: Source) -> None:
+    """The ``eval*.json`` that `megarubric eval --out` put into the run directory."""
+    for file in sorted(source.path.glob("eval*.json")):
+        try:
+            source.evaluations[file.name] = msgspec.json.decode(file.read_bytes(), type=Summary)
+        except (msgspec.DecodeError, UnicodeDecodeError, OSError):
+            source.notes.append(f"{file.name} is not an evaluation that can be read.")
 
 
 def rollouts(file: Path, problems: list[str]) -> Iterator[Rollout]:
