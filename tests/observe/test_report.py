@@ -264,6 +264,8 @@ def test_a_single_criterion_that_jumps_is_named_and_noise_is_not() -> None:
     noise = Series(steps, np.random.default_rng(0).random(40))
     assert [r[0] for r in sudden_rises({"flat": flat, "jump": jump, "other": flat})] == ["jump"]
     assert sudden_rises({"flat": flat, "noise": noise, "other": flat}) == []
+    long = {n: Series(np.arange(4000.0), np.repeat(c.values, 100)) for n, c in {"jump": jump, "flat": flat}.items()}
+    assert [r[0] for r in sudden_rises(long)] == ["jump"]
     assert sudden_rises({"a": jump, "b": jump}) == []  # all rise: it learns
 
 

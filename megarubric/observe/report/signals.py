@@ -12,6 +12,7 @@ from megarubric.observe.report.source import Series
 
 RISE = 0.3  # of a criterion's mean, within a tenth of the run, to be called sudden
 NOISE = 3.0  # and at least so many times its usual change from step to step
+GRID = 500  # steps at which criteria are compared
 OTHERS = 0.1  # while the other criteria together moved less than this
 LENGTH = 0.4  # correlation of reward with length within a prompt
 TOP_TRIPS = 0.1  # share of the best answers on which a detector fires
@@ -60,6 +61,8 @@ def sudden_rises(found: Mapping[str, Series]) -> list[tuple[str, float, float, f
     dense = {name: s for name, s in found.items() if len(s.steps) >= 8 and len(s.steps) >= len(grid) // 4}
     if len(dense) < 2:
         return []
+    if len(grid) > GRID:
+        grid = grid[np.linspace(0, len(grid) - 1, GRID).astype(int)]
     table = np.stack([np.interp(grid, s.steps, _smooth(s.values)) for s in dense.values()])  # [criteria, steps]
     width = max(2, len(grid) // 10)
     moved = table[:, width:] - table[:, :-width]
