@@ -15,8 +15,10 @@ import json
 import queue
 import random
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +37,37 @@ from megarubric.megatron.torch_dist import read_metadata
 cpu.ensure()  # before the megatron imports below
 
 from megatron.core import dist_checkpointing, tensor_parallel  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # noqa: E402
 
 if TYPE_CHECKING:
     from megarubric.megatron.trainer import Trainer
+
+
+@dataclass
+class Save:
+    """A checkpoint being written: what each rank writes by itself goes on in a thread, the rest waits for `finish`."""
+
+    path: Path
+    partial: Path
+    extra: str
+    steps: int
+    request: AsyncRequest
+    thread: threading.Thread | None = None
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            assert self.request.async_fn is not None
+            self.request.async_fn(*self.request.async_fn_args, **self.request.async_fn_kwargs)
+        except BaseException as error:  # told to all ranks by `finish`
+            self.error = error
 
 
 def save(trainer: Trainer, path: Path, extra: str) -> int:
@@ -48,8 +76,18 @@ def save(trainer: Trainer, path: Path, extra: str) -> int:
     Raises BadInput, on all ranks, when `path` exists, `extra` is not JSON or the disk is full; an earlier checkpoint is
     never touched, and what was written is removed.
     """
+    done = finish(trainer, begin(trainer, path, extra, copy=False), wait=True)
+    assert done is not None
+    return done
+
+
+def begin(trainer: Trainer, path: Path, extra: str, *, copy: bool = True) -> Save:
+    """Start writing `path` and return when the state as it is now cannot change any more. Collective; raises as `save`.
+
+    With `copy` weights in host memory are copied first (those on a device always are), so training may go on. There is
+    no checkpoint before `finish`.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    first = trainer.rank == 0
 
     def prepare() -> None:
         json.loads(extra)
@@ -61,21 +99,42 @@ def save(trainer: Trainer, path: Path, extra: str) -> int:
         if free < needed:
             raise OSError(28, f"no room: about {needed >> 20} MiB needed, {free >> 20} MiB free")
 
-    def write() -> None:
-        # Megatron passes the writer's results through a queue in a manager process of its own, which would outlive a
-        # killed rank. We write in this process, where a plain queue does.
-        filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(_state(trainer, loading=False), str(partial / "weights"))
+    with _or_nothing(trainer, partial):
+        with _together(trainer, path):
+            if trainer.rank == 0:
+                prepare()
+        with _together(trainer, path):
+            # Megatron passes the writers' results through a queue in a manager process of its own, which would outlive
+            # a killed rank. We write in this process, where a plain queue does.
+            filesystem_async._results_queue = queue.Queue()
+            state = _state(trainer, loading=False, copy=copy and trainer.device.type == "cpu")
+            request = dist_checkpointing.save(
+                state, str(partial / "weights"), async_sharded_save=True, async_strategy="mcore"
+            )
+            arguments = list(request.async_fn_args)
+            if request.preload_fn is not None:
+                arguments[1] = request.preload_fn()
+            started = Save(path, partial, extra, trainer.steps, request._replace(async_fn_args=tuple(arguments)))
+    if request.async_fn is not None:
+        started.thread = threading.Thread(target=started.run, name=f"save {path.name}", daemon=True)
+        started.thread.start()
+    return started
 
-    def finish() -> None:
-        (partial / "extra.json").write_text(extra)
-        for file in _files(partial):
-            sync(file)
+
+def finish(trainer: Trainer, started: Save, *, wait: bool) -> int | None:
+    """Make the checkpoint of what `begin` started; its size in bytes. Without `wait`, None while a rank still writes.
+
+    Collective; raises as `save`.
+    """
+    path, partial, first = started.path, started.partial, trainer.rank == 0
+    writing = started.thread is not None and started.thread.is_alive()
+    if not wait and any(_gather_bytes(trainer, b"1" if writing else b"")):
+        return None
 
     def commit(files: dict[str, File]) -> None:
         manifest = Manifest(
             FORMAT,
-            trainer.steps,
+            started.steps,
             trainer.world_size,
             msgspec.structs.asdict(trainer.layout),
             trainer.config.dtype,
@@ -86,26 +145,37 @@ def save(trainer: Trainer, path: Path, extra: str) -> int:
         partial.rename(path)
         sync(path.parent)
 
-    try:
+    with _or_nothing(trainer, partial):
+        with _together(trainer, path):
+            if started.thread is not None:
+                started.thread.join()
+            if started.error is not None:
+                raise started.error
+        with _together(trainer, path):
+            for function in started.request.finalize_fns:
+                function()
         with _together(trainer, path):
             if first:
-                prepare()
-        with _together(trainer, path):
-            write()
-        with _together(trainer, path):
-            if first:
-                finish()
+                (partial / "extra.json").write_text(started.extra)
+                for file in _files(partial):
+                    sync(file)
         files: dict[str, File] = {}
         with _together(trainer, path):
             files = _hash_files(trainer, partial, [str(f.relative_to(partial)) for f in _files(partial)])
         with _together(trainer, path):
             if first:
                 commit(files)
+    return sum(f.nbytes for f in files.values())
+
+
+@contextmanager
+def _or_nothing(trainer: Trainer, partial: Path) -> Iterator[None]:
+    try:
+        yield
     except BadInput:
-        if first:
+        if trainer.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    return sum(f.nbytes for f in files.values())
 
 
 def load(trainer: Trainer, path: Path) -> str:
@@ -145,11 +215,15 @@ def load(trainer: Trainer, path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- state
 
 
-def _state(trainer: Trainer, *, loading: bool, random: bool = True) -> dict[str, Any]:
+def _state(trainer: Trainer, *, loading: bool, random: bool = True, copy: bool = False) -> dict[str, Any]:
     model: dict[str, Any] = {}
     for number, chunk in enumerate(trainer.model.chunks):
         model[f"model{number}"] = chunk.module.sharded_state_dict()
     optimizer = trainer.model.sharded_state(model, loading=loading)
+    if copy:  # the optimizer's are copies already
+        for tensor in nested_values(model):
+            if isinstance(tensor, ShardedTensor | ShardedTensorFactory):
+                tensor.data = tensor.data.detach().clone()
     state = {**model, "optimizer": optimizer}
     if random:
         shape, place = (trainer.world_size,), (trainer.rank,)
