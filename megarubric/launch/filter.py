@@ -237,8 +237,9 @@ def _report(
 
 
 def _note(text: str) -> None:
-    """A line beside the result, which may be JSON."""
-    print(text, file=sys.stderr, flush=True)
+    """A line beside the result, which may be JSON. That nobody reads it any more is no reason to stop."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

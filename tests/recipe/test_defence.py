@@ -16,6 +16,7 @@ import pytest
 from megarubric.cli import main
 from megarubric.judging.judge import Judge
 from megarubric.judging.types import JudgeItem, Judgement
+from megarubric.recipe.defence import mining
 from megarubric.recipe.defence.answers import field_of, read_lines
 from megarubric.recipe.defence.apply import defended, read_defences
 from megarubric.recipe.records import Record, StoredJudgement
@@ -225,3 +226,12 @@ def test_flags_are_the_answers_far_above_their_prompt_or_the_beginning(known: Pa
     carrying = [KNOWN in x.response for x in f.lines]
     hit = sum(bool(a and b) for a, b in zip(carrying, f.flagged))
     assert hit > 0.9 * sum(carrying) and int(f.flagged.sum()) == sum(f.why.values())
+
+
+def test_a_long_run_is_read_twice_with_the_same_result(known: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    f = field_of(read_lines(known).lines, 3.0, 0.95)
+    once = mining.carriers_of(f, {}, 8)
+    monkeypatch.setattr(mining, "_MANY_WORDS", 0)
+    assert mining.carriers_of(f, {}, 8) == once and len(once) > 20
+    monkeypatch.setattr(mining, "_BUCKETS", 64)  # collisions everywhere
+    assert mining.carriers_of(f, {}, 8) == once

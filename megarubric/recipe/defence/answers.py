@@ -21,18 +21,19 @@ _FLOOR = 0.02  # least scale of rewards in [0, 1]: below it a z-score measures r
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """What mining needs of a rollout record (recipe/records.py)."""
+    """What mining needs of a rollout record (recipe/records.py). A record of an earlier form, without `group` or
+    `attribution`, can be mined too: a group is then all answers to its prompt in the step."""
 
     step: int
     prompt_id: str
-    group: int
-    sample: int
-    rubric_hash: str
     prompt: str
     response: str
     reward: float | None
     valid: bool
     vetoed: bool
+    group: int = 0
+    sample: int = 0
+    rubric_hash: str = ""
     veto: str | None = None
     judgements: dict[str, StoredJudgement] = {}
     attribution: dict[str, float] = {}
@@ -43,7 +44,10 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def judged_part(self) -> float:
-        """The part of the base reward that judged criteria gave; a pair counts as judged when one of its two is."""
+        """The part of the base reward that judged criteria gave; a pair counts as judged when one of its two is. The
+        whole reward where no attribution is recorded."""
+        if not self.attribution:
+            return self.reward or 0.0
         return sum(x for name, x in self.attribution.items() if any(self._judged(side) for side in name.split("*")))
 
     def _judged(self, criterion: str) -> bool:
@@ -114,8 +118,8 @@ def field_of(lines: Sequence[Line], z: float, top: float, base_share: float = 0.
     kept = [line for line in lines if line.valid and not line.vetoed and line.reward is not None]
     if not kept:
         raise BadInput("rollouts", None, "no answer is valid and free of vetoes: there is nothing to mine")
-    numbers: dict[tuple[int, int], int] = {}
-    group = np.array([numbers.setdefault((x.step, x.group), len(numbers)) for x in kept], np.int64)
+    numbers: dict[tuple[int, str, int], int] = {}
+    group = np.array([numbers.setdefault((x.step, x.prompt_id, x.group), len(numbers)) for x in kept], np.int64)
     step = np.array([x.step for x in kept], np.int64)
     reward = np.array([x.reward for x in kept], np.float64)
     judged = np.array([x.judged_part for x in kept], np.float64)

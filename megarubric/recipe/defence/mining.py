@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 
 from megarubric.recipe.defence.answers import Field
 from megarubric.recipe.defence.numbers import Strata, holm, upper_tail
@@ -18,6 +20,8 @@ from megarubric.rubrics.checks.text import count_words
 MIN_PROMPTS = 5  # an exploit recurs on prompts that have nothing in common
 MIN_GROUPS = 5  # groups that hold carriers and others
 LEAST_LIFT = 1.5
+_MANY_WORDS = 1_000_000
+_BUCKETS = 1 << 22
 SAME = 0.7  # overlap of carriers from which two tells are one exploit
 _LESS_TELLING = {"detector": 0, "opening": 1, "ending": 1, "phrase": 1, "repetition": 2, "format": 3, "length": 4}
 
@@ -68,13 +72,29 @@ class Mined:
 
 
 def carriers_of(field: Field, rubrics: Mapping[str, Rubric], min_support: int) -> dict[Tell, list[int]]:
-    """Every tell of at least `min_support` answers to MIN_PROMPTS prompts, with the answers that carry it."""
+    """Every tell of at least `min_support` answers to MIN_PROMPTS prompts, with the answers that carry it.
+
+    Long runs are read twice: nearly all word runs occur once, and a first look that only counts hashes keeps them out
+    of memory. Which tells are found does not depend on the hashes.
+    """
     words = np.array([count_words(x.response) for x in field.lines])
     length = (int(np.quantile(words, 0.1)), int(np.quantile(words, 0.9)))
+    twice = int(words.sum()) > _MANY_WORDS
+    seen = np.zeros(_BUCKETS, np.uint32)
+    err = Console(stderr=True)
+
+    def read(what: str) -> Iterator[tuple[int, set[Tell]]]:
+        for i, line in enumerate(track(field.lines, what, console=err, transient=True, disable=not err.is_terminal)):
+            yield i, tells_of(line.prompt, line.response, rubrics.get(line.rubric_hash), length)
+
+    if twice:
+        for _, tells in read("counting"):
+            seen[np.unique(np.fromiter((hash(t) % _BUCKETS for t in tells), np.int64, len(tells)))] += 1
     found: defaultdict[Tell, list[int]] = defaultdict(list)
-    for i, line in enumerate(field.lines):
-        for tell in tells_of(line.prompt, line.response, rubrics.get(line.rubric_hash), length):
-            found[tell].append(i)
+    for i, tells in read("reading answers"):
+        for tell in tells:
+            if not twice or seen[hash(tell) % _BUCKETS] >= min_support:
+                found[tell].append(i)
     return {
         tell: at
         for tell, at in found.items()

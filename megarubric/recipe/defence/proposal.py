@@ -17,6 +17,7 @@ from megarubric.rubrics.checks import KINDS
 MAX_PHRASES = 40  # literal forms in one veto
 _INSIDE = 0.95  # share of a run's carriers that also carry a longer run, from which the longer stands for it
 _ADDS = 0.1  # share of a run's carriers that must be new for it to be added
+_LEAST_CAUGHT = 0.5
 _FEWEST = 100  # ordinary answers before the onset, from which they are the ones to measure on
 _WORDED = ("opening", "ending", "phrase")
 
@@ -74,13 +75,24 @@ class Option:
     ordinary_are: str
     clean: Share | None
 
+    @property
+    def name(self) -> str:
+        """The check in a few words."""
+        phrases = self.check.params.get("forbidden_words")
+        if phrases is None:
+            return self.check.kind
+        return f"{self.check.kind} {phrases[0]!r}" + (f" and {len(phrases) - 1} more" if len(phrases) > 1 else "")
+
     def refused(self, bound: float) -> str | None:
-        """Why it is no veto, or None: the upper ends of the intervals must lie within `bound`."""
+        """Why it is no veto, or None: the upper ends of the intervals must lie within `bound`, and it must catch half.
+        A veto that most of an exploit slips past teaches the policy its other wordings."""
         for name, share in (("ordinary", self.ordinary), ("clean", self.clean)):
             if share is not None and share.high > bound:
                 few = f", {share.n} answers cannot show it" if share.hits == 0 else ""
                 return f"false vetoes on {name} answers may reach {share.high:.2%}, above {bound:.2%}{few}"
-        return None if self.caught.hits else "it catches no flagged answer"
+        if self.caught.value < _LEAST_CAUGHT:
+            return f"it catches {self.caught.value:.0%} of the flagged answers that carry the exploit"
+        return None
 
 
 @dataclass(slots=True)
@@ -129,8 +141,8 @@ def weigh(
     if fit:
         verdict.chosen = max(fit, key=lambda o: (round(o.caught.value, 1), KINDS[o.check.kind].detector, o.caught.hits))
     else:
-        best = max(verdict.options, key=lambda o: (-o.ordinary.high, o.caught.value))
-        verdict.reason = best.refused(bound) or ""
+        best = max(verdict.options, key=lambda o: (o.caught.value, -o.ordinary.high))
+        verdict.reason = f"{best.name}: {best.refused(bound)}"
     return verdict
 
 
@@ -204,7 +216,10 @@ def rubric_of(verdicts: Sequence[Verdict], rubric_id: str, source: str, model: s
         check = v.chosen.check
         detector = KINDS[check.kind].detector
         if detector:
-            name, text = check.kind.partition(":")[2], f"The exploit that the detector {check.kind} finds."
+            name, text = (
+                check.kind.partition(":")[2].replace("_", "-"),
+                f"The exploit that the detector {check.kind} finds.",
+            )
         else:
             first = check.params["forbidden_words"][0]
             name = re.sub(r"[^\w]+", "-", first).strip("-")[:40] or "phrase"

@@ -174,7 +174,12 @@ def _section(k: int, f: Field, v: Verdict, bound: float) -> list[str]:
         if o.clean is not None:
             out.append(f"  - false vetoes: {o.clean} of the clean set")
     else:
-        out.append(f"- **no veto proposed**: {v.reason}")
+        out.append(f"- **no veto proposed**: {_cell(v.reason, 200)}")
+        out += [
+            f"  - {_cell(o.name)}: catches {o.caught.value:.0%}, false vetoes {o.ordinary} of ordinary answers "
+            f"({o.ordinary_are})" + (f", {o.clean} of the clean set" if o.clean is not None else "")
+            for o in v.options
+        ]
     option = v.chosen or next(iter(v.options), None)
     out += ["", "Examples (reward):", ""]
     shown_ = [
