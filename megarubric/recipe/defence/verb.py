@@ -68,8 +68,8 @@ def run_defend(a: Namespace, engine_factory: EngineFactory) -> int:
     worded = any(v.chosen is not None and v.chosen.check.params for v in verdicts)
     if worded and not any(v.removal is not None and v.removal.judge != "checks" for v in verdicts):
         notes.append(
-            "No judge was asked. A phrase that comes with good content pays as well: read the examples before promoting,"
-            " or give --judge, best another one than the run's."
+            "No judge was asked. A phrase that comes with good content pays as well: read the examples before "
+            "promoting, or give --judge, best another one than the run's."
         )
     policy = c.model.path if c is not None else "the run's policy"
     rubric = rubric_of(verdicts, rubric_id, f"megarubric defend, run {name}", Path(policy).name)
