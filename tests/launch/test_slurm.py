@@ -226,6 +226,15 @@ def test_the_warning_reaches_the_run_and_each_start_has_its_log(tmp_path: Path, 
     assert (logs / "latest").readlink() == Path("attempt_2")
 
 
+def test_asked_twice_before_a_first_checkpoint_is_not_started_a_third_time(tmp_path: Path, config: Path) -> None:
+    process, calls = run_script(tmp_path, config, "kill -USR1 $(ps -o ppid= -p $$); sleep 1; exit 138")
+    assert "requeued" in process.communicate(timeout=30)[0]
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "5"}
+    again = subprocess.run(["bash", str(tmp_path / "job.sbatch")], env=environment, capture_output=True, text=True)
+    assert again.returncode != 0 and "attempt 2" in again.stdout and "not started again" in again.stdout
+    assert calls.read_text().count("scontrol requeue") == 1
+
+
 def test_submit_hands_over_a_chain(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
