@@ -74,6 +74,7 @@ async def train(run: Run) -> None:
         metrics = step_metrics(answers, degenerate, times, trained) | judge.metrics() | clock.seconds
         metrics["perf/exchange_bytes"] = sent
         metrics["train/weight_version"] = state.version
+        await run.settle()
         last, best = step == c.train.steps, False
         if run.heldout and run.sampler and (last or (c.evaluate.every and step % c.evaluate.every == 0)):
             run.after = await run.evaluate()
@@ -84,6 +85,6 @@ async def train(run: Run) -> None:
         warn_of_drift(metrics, c.algorithm.drift_alarm)
 
         if last or best or run.stop_requested or (c.checkpoint.every and step % c.checkpoint.every == 0):
-            await run.save()
+            await run.save(last or run.stop_requested)
         if run.stop_requested and not last:
             raise Interrupted(f"stopped after step {step} of {c.train.steps}; the same command goes on from there")

@@ -194,6 +194,7 @@ class Checkpoint(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     every: int = 10
     keep: int = 2
+    background: bool = False  # ranks copy their state to the host and write while training goes on
     keep_best: bool = False  # also that of the best held-out reward, saved when an evaluation finds it
     export_hf: bool = True  # the last policy also as a Hugging Face directory
 

@@ -130,16 +130,29 @@ class Run:
         judged = await self.system.judge.judge(items)
         return [Answer(s, text, j) for s, text, j in zip(samples, texts, judged)], WritingTimes()
 
-    async def save(self) -> None:
-        """Checkpoint of everything; older ones beyond `checkpoint.keep` go when the new one is whole."""
+    async def save(self, last: bool = False) -> None:
+        """Checkpoint of everything; older ones beyond `checkpoint.keep` go when the new one is whole. With
+        `checkpoint.background` all but the `last` are written while training goes on, and `settle` finishes them."""
         assert self.system.trainer is not None
         self.state.data = self.order.state_dict()
         self.state.criterion_means = self.criterion_means.state_dict()
         path = self.dir.checkpoint_path(self.state.step)
         if path.exists():  # left by a run that died while it trained past this step with another configuration
             shutil.rmtree(path)
+        background = self.config.checkpoint.background and not last
         async with self.system.trainer_at_home() as trainer:
-            await trainer.save(str(path.absolute()), msgspec.json.encode(self.state).decode())
+            await trainer.save(str(path.absolute()), msgspec.json.encode(self.state).decode(), background=background)
+        if not background:
+            self._prune()
+
+    async def settle(self) -> None:
+        """Make a checkpoint of the save in the background if it is written."""
+        if not self.config.checkpoint.background or self.system.trainer is None:
+            return
+        if await self.system.trainer.finish_save(wait=False) is not None:
+            self._prune()
+
+    def _prune(self) -> None:
         best = self.state.best[0] if self.state.best and self.config.checkpoint.keep_best else None
         self.dir.prune(self.config.checkpoint.keep, best)
 

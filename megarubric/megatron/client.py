@@ -66,9 +66,15 @@ class TrainerClient:
         reply: m.WeightsChecksum = await self._ask(m.Checksum())
         return reply.checksum
 
-    async def save(self, path: str, extra: str = "{}") -> m.CheckpointSaved:
-        """Save to the new directory `path` with the caller's JSON `extra`."""
-        return await self._ask(m.SaveCheckpoint(path, extra))
+    async def save(self, path: str, extra: str = "{}", *, background: bool = False) -> m.CheckpointSaved:
+        """Save to the new directory `path` with the caller's JSON `extra`; with `background`, `finish_save` makes it a
+        checkpoint, or the next save does."""
+        return await self._ask(m.SaveCheckpoint(path, extra, background))
+
+    async def finish_save(self, *, wait: bool = True) -> m.CheckpointSaved | None:
+        """Finish a save in the background; None when there is none, or, without `wait`, it is not written yet."""
+        reply = await self._ask(m.FinishSave(wait))
+        return reply if isinstance(reply, m.CheckpointSaved) else None
 
     async def load(self, path: str) -> m.CheckpointLoaded:
         return await self._ask(m.LoadCheckpoint(path))

@@ -233,10 +233,19 @@ class Checksum(msgspec.Struct, frozen=True, tag=True):
 
 
 class SaveCheckpoint(msgspec.Struct, frozen=True, tag=True):
-    """Save model, optimizer and RNG to the directory `path`, which must not exist; `extra` is the caller's JSON."""
+    """Save model, optimizer and RNG to the directory `path`, which must not exist; `extra` is the caller's JSON. With
+    `background`, the answer comes when the state cannot change any more, and `FinishSave` makes it a checkpoint."""
 
     path: str
     extra: str = "{}"
+    background: bool = False
+
+
+class FinishSave(msgspec.Struct, frozen=True, tag=True):
+    """Finish the save in the background: answered by `CheckpointSaved`, or by `Done` when there is none or, without
+    `wait`, it is not written yet."""
+
+    wait: bool = True
 
 
 class LoadCheckpoint(msgspec.Struct, frozen=True, tag=True):
@@ -275,6 +284,7 @@ Request = (
     | EndPublish
     | Checksum
     | SaveCheckpoint
+    | FinishSave
     | LoadCheckpoint
     | ExportHF
     | Offload
@@ -367,6 +377,8 @@ class WeightsChecksum(msgspec.Struct, frozen=True, tag=True):
 
 
 class CheckpointSaved(msgspec.Struct, frozen=True, tag=True):
+    """`nbytes` is 0 while the save goes on in the background."""
+
     path: str
     nbytes: int
     seconds: float

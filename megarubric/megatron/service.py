@@ -44,6 +44,7 @@ class Commands:
             m.EndPublish: self._end_publish,
             m.Checksum: self._checksum,
             m.SaveCheckpoint: self._save,
+            m.FinishSave: self._finish_save,
             m.LoadCheckpoint: self._load,
             m.ExportHF: self._export,
             m.Offload: self._offload,
@@ -92,8 +93,18 @@ class Commands:
         return m.WeightsChecksum(self.trainer.sender.checksum()), Frames()
 
     def _save(self, body: m.SaveCheckpoint, frames: Any) -> tuple[m.CheckpointSaved, Frames]:
-        nbytes = self.trainer.save(body.path, body.extra)
+        if body.background:
+            self.trainer.begin_save(body.path, body.extra)
+            nbytes = 0
+        else:
+            nbytes = self.trainer.save(body.path, body.extra)
         return m.CheckpointSaved(body.path, nbytes, self._seconds()), Frames()
+
+    def _finish_save(self, body: m.FinishSave, frames: Any) -> tuple[m.CheckpointSaved | m.Done, Frames]:
+        saved = self.trainer.finish_save(wait=body.wait)
+        if saved is None:
+            return m.Done(self._seconds()), Frames()
+        return m.CheckpointSaved(*saved, self._seconds()), Frames()
 
     def _load(self, body: m.LoadCheckpoint, frames: Any) -> tuple[m.CheckpointLoaded, Frames]:
         extra = self.trainer.load(body.path)

@@ -108,6 +108,7 @@ class Trainer:
         self.pieces = model_pieces(self.model.chunks, self.hf, self.layout)
         self.manifest = self.family.manifest(self.hf)
         self.steps = 0
+        self._saving: checkpoint.Save | None = None
         self._reference = [_on_host(p) for p in self.model.parameters()] if config.reference else None
 
         self.dp_rank = parallel_state.get_data_parallel_rank()
@@ -375,11 +376,30 @@ class Trainer:
     # Weights and state -----------------------------------------------------------------------------------------------
 
     def save(self, path: str, extra: str) -> int:
-        """Write a checkpoint directory; its size in bytes. See `checkpoint.save`."""
+        """Write a checkpoint directory; its size in bytes. See `checkpoint.save`. One in the background ends first."""
+        self.finish_save(wait=True)
         return checkpoint.save(self, Path(path), extra)
+
+    def begin_save(self, path: str, extra: str) -> None:
+        """Start a checkpoint of the present state in the background, one at a time. See `checkpoint.begin`."""
+        self.finish_save(wait=True)
+        self._saving = checkpoint.begin(self, Path(path), extra)
+
+    def finish_save(self, *, wait: bool) -> tuple[str, int] | None:
+        """Finish the save in the background: its path and bytes. None when there is none, or, without `wait`, when a
+        rank still writes. Raises BadInput when it could not be written."""
+        if self._saving is None:
+            return None
+        saving, self._saving = self._saving, None
+        nbytes = checkpoint.finish(self, saving, wait=wait)
+        if nbytes is None:
+            self._saving = saving
+            return None
+        return str(saving.path), nbytes
 
     def load(self, path: str) -> str:
         """Restore a checkpoint; returns the saver's `extra`. See `checkpoint.load`."""
+        self.finish_save(wait=True)
         return checkpoint.load(self, Path(path))
 
     def export_hf(self, path: str) -> None:

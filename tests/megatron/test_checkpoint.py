@@ -123,6 +123,46 @@ def test_two_and_two_steps_are_four_bit_for_bit(ranks, model_dir, tmp_path, worl
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []  # no partial directory stays
 
 
+# ------------------------------------------------------------------------------------------------- in the background
+
+
+def saved_while_training(model_dir: str, path: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Two steps, a save begun, two more steps before it is finished; then one that is begun and never finished."""
+    trainer = make_trainer(model_dir, **config)
+    first = steps(trainer, 0, 2)
+    trainer.begin_save(path, '{"position": 2}')
+    there = Path(path).exists()
+    last = steps(trainer, 2, 4)
+    while (saved := trainer.finish_save(wait=False)) is None:
+        pass
+    nothing = trainer.finish_save(wait=True)
+    trainer.begin_save(path + "-never", "{}")
+    trainer.barrier()
+    result = {
+        "metrics": first + last,
+        "checksum": trainer.sender.checksum(),
+        "early": there,
+        "saved": list(saved),
+        "nothing": nothing,
+    }
+    trainer.barrier()
+    trainer.close()
+    return result
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("world", "config"), [(1, {"dtype": "bfloat16"}), (2, {"ep": 2})], ids=["one rank", "EP2"])
+def test_a_save_in_the_background_has_the_state_of_its_beginning(ranks, model_dir, tmp_path, world, config):
+    path = str(tmp_path / "step_2")
+    whole = ranks(world, saved_while_training, model_dir=model_dir, path=path, config=config)[0]
+    assert not whole["early"] and whole["saved"][0] == path and whole["nothing"] is None
+    assert not Path(path + "-never").exists()  # no checkpoint before it is finished
+    shutil.copytree(path, path + "-0")
+    again = ranks(world, resumed, model_dir=model_dir, path=path, config=config)[0]
+    assert again["metrics"] == whole["metrics"][2:] and again["checksum"] == whole["checksum"]
+    assert json.loads(again["extra"]) == {"position": 2}
+
+
 # ------------------------------------------------------------------------------------------------------ resharding
 
 
