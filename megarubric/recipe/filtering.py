@@ -120,15 +120,16 @@ def counts(decisions: Sequence[Decision]) -> dict[str, int]:
 
 
 def histogram(decisions: Sequence[Decision], bins: int = 10) -> list[tuple[float, float, int, int]]:
-    """(from, to, kept, dropped) of `bins` equal parts of [least, greatest score]; the last part holds its upper end."""
+    """(from, to, kept, dropped) of `bins` equal parts of [least, greatest score]; the last part holds its upper end.
+    One part when all scores are the same."""
     scored = [(d.score, d.kept) for d in decisions if d.score is not None]
     if not scored:
         return []
     low, high = min(s for s, _ in scored), max(s for s, _ in scored)
-    width = (high - low) / bins or 1.0
-    rows = [[0, 0] for _ in range(bins)]
+    width = (high - low) / bins
+    rows = [[0, 0] for _ in range(bins if width > 0 else 1)]
     for s, kept in scored:
-        rows[min(bins - 1, int((s - low) / width))][0 if kept else 1] += 1
+        rows[min(bins - 1, int((s - low) / width)) if width > 0 else 0][0 if kept else 1] += 1
     return [(low + i * width, low + (i + 1) * width, k, d) for i, (k, d) in enumerate(rows)]
 
 

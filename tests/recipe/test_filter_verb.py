@@ -10,7 +10,8 @@ import pytest
 
 from megarubric.config import load_train
 from megarubric.errors import BadInput
-from megarubric.launch.filter import run_filter
+from megarubric.launch.filter import _write_rows, run_filter
+from megarubric.recipe.scoring import ScoreFile, ScoreRow
 from megarubric.rollout.data import read_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,3 +83,48 @@ def test_a_filter_that_makes_no_sense_is_refused(override: str, said: str) -> No
     with pytest.raises(BadInput) as caught:
         load_train(CONFIG, [override])
     assert said in str(caught.value)
+
+
+CRITERION = {"id": "plain", "description": "Plain.", "weight": 1.0}
+
+
+def test_kept_rows_are_the_rows_of_the_file(tmp_path: Path) -> None:
+    """Prompt rows keep their line, by-id rubrics included; rubrics that stand in YAML become lines."""
+    corpus = tmp_path / "corpus.yaml"
+    corpus.write_text("- id: t.shared\n  criteria: [{id: plain, description: Plain.}]\n")
+    lines = tmp_path / "prompts.jsonl"
+    made = [{"id": f"p{i}", "prompt": f"Say {i}.", "rubric": "t.shared"} for i in range(3)]
+    made.append({"id": "p3", "messages": [{"role": "user", "content": "Say 3."}],
+                 "rubric": {"id": "t.own", "criteria": [CRITERION]}})  # fmt: skip
+    lines.write_text("\n".join(json.dumps(row) for row in made) + "\n")
+    found = read_prompts(lines, [corpus])
+    _write_rows(tmp_path / "kept.jsonl", lines, found[1:])
+    assert read_prompts(tmp_path / "kept.jsonl", [corpus]) == found[1:]
+    assert (tmp_path / "kept.jsonl").read_text().splitlines() == lines.read_text().splitlines()[1:]
+
+    instance = tmp_path / "instance.yaml"
+    instance.write_text("- id: t.one\n  prompt: Say one.\n  criteria: [{id: plain, description: Plain.}]\n")
+    _write_rows(tmp_path / "kept_too.jsonl", instance, read_prompts(instance))
+    assert read_prompts(tmp_path / "kept_too.jsonl") == read_prompts(instance)
+
+
+def test_the_score_file_forgets_what_is_torn_or_stale(tmp_path: Path) -> None:
+    path, keys = tmp_path / "scores.jsonl", {"a": "1", "b": "1", "c": "1"}
+
+    def row(name: str, key: str, *rewards: float | None) -> ScoreRow:
+        return ScoreRow(id=name, key=key, rubric=name, rubric_hash="h", rewards=rewards)
+
+    first = ScoreFile(path, keys)
+    for made in (row("a", "1", 0.5, None), row("b", "1", None, None), row("c", "0", 0.5, 0.5)):
+        first.put(made)
+    first.close()
+    path.write_bytes(path.read_bytes() + b'{"id":"d","key"')
+    again = ScoreFile(path, keys)
+    assert (sorted(again.rows), again.stale) == (["a", "b"], 1) and again.rows["a"].rewards == (0.5, None)
+    again.close()
+    retried = ScoreFile(path, keys, forget_unscored=True)
+    assert (sorted(retried.rows), retried.stale) == (["a"], 1)
+    retried.close()
+    path.write_bytes(b'{"id": 7}\n' + path.read_bytes())
+    with pytest.raises(BadInput, match="line 1"):
+        ScoreFile(path, keys)
