@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Builds, tests and benchmarks the reward ops on the NVIDIA GPU of this machine. Needs torch (a CUDA build, 2.10 or
-# newer) and nvcc with its host compiler; nothing else of megarubric has to be installed. pytest is fetched into a
-# temporary directory when it is missing.
+# Builds, tests and benchmarks what needs the NVIDIA GPU of this machine. The reward ops need torch (a CUDA build, 2.10
+# or newer) and nvcc with its host compiler; nothing else of megarubric has to be installed. With the GPU environment
+# (requirements/gpu.lock, gpu-te.txt) whole runs follow: trainer and engines on one device, offload, FP8. pytest is
+# fetched into a temporary directory when it is missing.
 #
 #     tools/gpu_check.sh [--json FILE]        default FILE: gpu_check.json
 #
@@ -11,7 +12,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 json=gpu_check.json
-if [ "${1:-}" = "--json" ] && [ -n "${2:-}" ]; then json=$2; elif [ $# -gt 0 ]; then sed -n '2,10p' "$0"; exit 2; fi
+if [ "${1:-}" = "--json" ] && [ -n "${2:-}" ]; then json=$2; elif [ $# -gt 0 ]; then sed -n '2,11p' "$0"; exit 2; fi
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 work=$(mktemp -d)
@@ -47,17 +48,22 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 
+echo "== whole runs (skipped without the GPU environment)"
+"$python" -m pytest tests/gpu/test_whole_run.py -q -rs -p no:cacheprovider 2>&1 | tee "$work/runs.log"
+runs=${PIPESTATUS[0]}
+
 echo "== benchmarks"
 "$python" benchmarks/reward_ops.py --device cuda --samples 8000000 --json "$work/16.json"
 "$python" benchmarks/reward_ops.py --device cuda --samples 2000000 --criteria 48 --pairs 16 --json "$work/48.json"
 "$python" benchmarks/reward_ops.py --device cuda --samples 8000000 --plain --json "$work/plain.json"
 
-"$python" - "$work" "$json" "$build_s" "$tests" "$sanitizer" <<'PY'
+"$python" - "$work" "$json" "$build_s" "$tests" "$sanitizer" "$runs" <<'PY'
 import json, pathlib, re, sys
-work, target, build_s, tests, sanitizer = sys.argv[1:]
+work, target, build_s, tests, sanitizer, whole = sys.argv[1:]
 runs = [json.loads(p.read_text()) for p in sorted(pathlib.Path(work).glob("*.json"))]
 last = pathlib.Path(work, "tests.log").read_text().strip().splitlines()[-1]
-report = {"build_seconds": int(build_s), "tests": last, "tests_passed": tests == "0", "sanitizer": sanitizer, "benchmarks": runs}
+report = {"build_seconds": int(build_s), "tests": last, "tests_passed": tests == "0", "whole_runs": pathlib.Path(work, "runs.log").read_text().strip().splitlines()[-1],
+          "whole_runs_passed": whole == "0", "sanitizer": sanitizer, "benchmarks": runs}
 pathlib.Path(target).write_text(json.dumps(report, indent=1) + "\n")
 print(f"\nbuild {build_s} s | tests: {last} | sanitizer: {sanitizer}")
 print(f"{'samples':>10} {'K':>4} {'pairs':>5} {'saturated':>9} {'op ms':>8} {'GB/s':>7} {'of copy':>8} {'eager/op':>9}")
@@ -66,4 +72,4 @@ for r in runs:
           f" {r['gigabytes_per_second']['op']:>7.0f} {1 / r['op_over_stream']:>8.0%} {r['eager_over_op']:>9.1f}")
 print(f"written: {target}")
 PY
-[ "$tests" = 0 ] && [ "$sanitizer" != failed ]
+[ "$tests" = 0 ] && [ "$runs" = 0 ] && [ "$sanitizer" != failed ]
