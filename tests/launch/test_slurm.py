@@ -149,7 +149,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     options = 'while [ "${1#--}" != "$1" ]; do case $1 in --output=*) exec > "${1#--output=}";; esac; shift; done'
     body = {
         "srun": f'{options}; exec "$@"',
-        "squeue": 'case "$*" in *%e*) echo N/A;; *) printf "7 mark\\n8 other\\n";; esac',
+        "squeue": 'case "$*" in *%e*) echo N/A;; *%T*) cat state;; *) printf "7 mark\\n8 other\\n";; esac',
         "scontrol": "",
         "scancel": "",
         "sbatch": "echo 41",
@@ -159,6 +159,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
             f'#!/bin/bash\necho "{name} $*" >> {shlex.quote(str(tmp_path / "called"))}\n{line}\n'
         )
         (folder / name).chmod(0o755)
+    (tmp_path / "state").write_text("RUNNING\n")
     return {
         **os.environ,
         "PATH": f"{folder}:{os.environ['PATH']}",
@@ -194,6 +195,7 @@ SAVES = "mkdir -p {}/runs/tried/checkpoints/step_4"
         ("exit 2", "mark", 2, "scancel 7\n", "scontrol"),
         (SAVES + "; exit 3", None, 3, "scontrol requeue 5\n", "scancel"),
         (SAVES + "; exit 3", "mark", 3, None, "sc"),
+        (SAVES + "; echo COMPLETING > state; exit 3", None, 3, None, "scontrol"),  # scancel
         ("exit 3", None, 3, None, "scontrol"),  # no progress: started again it would end the same way
         ("exit 3", "mark", 3, "scancel 7\n", "scontrol"),
     ],
@@ -230,6 +232,7 @@ def test_asked_twice_before_a_first_checkpoint_is_not_started_a_third_time(tmp_p
     process, calls = run_script(tmp_path, config, "kill -USR1 $(ps -o ppid= -p $$); sleep 1; exit 138")
     assert "requeued" in process.communicate(timeout=30)[0]
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "5"}
+    environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
     again = subprocess.run(["bash", str(tmp_path / "job.sbatch")], env=environment, capture_output=True, text=True)
     assert again.returncode != 0 and "attempt 2" in again.stdout and "not started again" in again.stdout
     assert calls.read_text().count("scontrol requeue") == 1
