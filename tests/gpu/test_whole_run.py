@@ -1,4 +1,4 @@
-"""On a GPU: trainer and engines take turns on one device, offload keeps every bit, FP8 trains. Needs the GPU environment.
+"""On a GPU: trainer and engines take turns on one device, Adam on the host, FP8 trains. Needs the GPU environment.
 
 Not run yet: written without a GPU at hand.
 """
