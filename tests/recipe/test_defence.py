@@ -229,9 +229,28 @@ def test_flags_are_the_answers_far_above_their_prompt_or_the_beginning(known: Pa
 
 
 def test_a_long_run_is_read_twice_with_the_same_result(known: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    f = field_of(read_lines(known).lines, 3.0, 0.95)
+    f = field_of(read_lines(known).lines[:400], 3.0, 0.95)
     once = mining.carriers_of(f, {}, 8)
     monkeypatch.setattr(mining, "_MANY_WORDS", 0)
     assert mining.carriers_of(f, {}, 8) == once and len(once) > 20
     monkeypatch.setattr(mining, "_BUCKETS", 64)  # collisions everywhere
     assert mining.carriers_of(f, {}, 8) == once
+
+
+def test_an_exploit_from_the_first_step_is_settled_by_a_clean_set(
+    known: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the steps before the onset, unflagged answers carry it: nothing is proposed without a clean set."""
+    (tmp_path / "run/rollouts").mkdir(parents=True)
+    for step in range(8, STEPS + 1):
+        shutil.copy(known / f"rollouts/step_{step}.jsonl", tmp_path / "run/rollouts")
+    assert main(["defend", str(tmp_path / "run"), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["proposed"] is None and alone["exploits"][0]["what"] == "hack:self_praise"
+    assert "on ordinary answers may reach" in alone["exploits"][0]["reason"]
+    clean = tmp_path / "clean.jsonl"
+    for n, praised, proposed in ((400, 0, True), (100, 0, False), (400, 9, False)):
+        honest = ["The tide is out."] * (n - praised) + [f"The tide is out. {KNOWN}"] * praised
+        clean.write_text("".join(json.dumps({"response": r}) + "\n" for r in honest))
+        assert main(["defend", str(tmp_path / "run"), "--json", "--clean", str(clean)]) == 0
+        assert (json.loads(capsys.readouterr().out)["proposed"] is not None) == proposed

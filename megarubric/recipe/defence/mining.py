@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from rich.progress import track
 
 from megarubric.recipe.defence.answers import Field
 from megarubric.recipe.defence.numbers import Strata, holm, upper_tail
-from megarubric.recipe.defence.tells import Tell, tells_of
+from megarubric.recipe.defence.tells import WORDED, Tell, tells_of, word_tells
 from megarubric.rubrics import Rubric
 from megarubric.rubrics.checks.text import count_words
 
@@ -82,18 +83,15 @@ def carriers_of(field: Field, rubrics: Mapping[str, Rubric], min_support: int) -
     twice = int(words.sum()) > _MANY_WORDS
     seen = np.zeros(_BUCKETS, np.uint32)
     err = Console(stderr=True)
-
-    def read(what: str) -> Iterator[tuple[int, set[Tell]]]:
-        for i, line in enumerate(track(field.lines, what, console=err, transient=True, disable=not err.is_terminal)):
-            yield i, tells_of(line.prompt, line.response, rubrics.get(line.rubric_hash), length)
-
+    bar = partial(track, console=err, transient=True, disable=not err.is_terminal)
     if twice:
-        for _, tells in read("counting"):
+        for line in bar(field.lines, "counting"):
+            tells = word_tells(line.prompt, line.response)
             seen[np.unique(np.fromiter((hash(t) % _BUCKETS for t in tells), np.int64, len(tells)))] += 1
     found: defaultdict[Tell, list[int]] = defaultdict(list)
-    for i, tells in read("reading answers"):
-        for tell in tells:
-            if not twice or seen[hash(tell) % _BUCKETS] >= min_support:
+    for i, line in enumerate(bar(field.lines, "reading answers")):
+        for tell in tells_of(line.prompt, line.response, rubrics.get(line.rubric_hash), length):
+            if not twice or tell.kind not in WORDED or seen[hash(tell) % _BUCKETS] >= min_support:
                 found[tell].append(i)
     return {
         tell: at

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megarubric.recipe.defence.answers import Field, Line
 from megarubric.recipe.defence.mining import Exploit, Find, onset, share_by_step
 from megarubric.recipe.defence.numbers import wilson
-from megarubric.recipe.defence.tells import fires, surface_forms
+from megarubric.recipe.defence.tells import WORDED, fires, surface_forms
 from megarubric.rubrics import Check, Criterion, Provenance, Rubric, Veto, parse_rubric, to_dict
 from megarubric.rubrics.checks import KINDS
 
@@ -19,7 +19,6 @@ _INSIDE = 0.95  # share of a run's carriers that also carry a longer run, from w
 _ADDS = 0.1  # share of a run's carriers that must be new for it to be added
 _LEAST_CAUGHT = 0.5
 _FEWEST = 100  # ordinary answers before the onset, from which they are the ones to measure on
-_WORDED = ("opening", "ending", "phrase")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,9 @@ class Removal:
 @dataclass(frozen=True, slots=True)
 class Option:
     """One way to veto an exploit, measured. `caught` is of the flagged answers that carry the exploit, `ordinary` of
-    those that were not flagged (before the exploit's onset, where that leaves enough), `clean` of a clean set."""
+    those that were not flagged (before the exploit's onset, where that leaves enough), `clean` of a clean set.
+    `spoilt`: the exploit was there from the beginning, so unflagged answers carry it too and are no honest ones; a
+    clean set, if there is one, then decides alone."""
 
     check: Check
     caught: Share
@@ -74,6 +75,7 @@ class Option:
     ordinary: Share
     ordinary_are: str
     clean: Share | None
+    spoilt: bool = False
 
     @property
     def name(self) -> str:
@@ -86,7 +88,8 @@ class Option:
     def refused(self, bound: float) -> str | None:
         """Why it is no veto, or None: the upper ends of the intervals must lie within `bound`, and it must catch half.
         A veto that most of an exploit slips past teaches the policy its other wordings."""
-        for name, share in (("ordinary", self.ordinary), ("clean", self.clean)):
+        ordinary = None if self.spoilt and self.clean is not None else self.ordinary
+        for name, share in (("ordinary", ordinary), ("clean", self.clean)):
             if share is not None and share.high > bound:
                 few = f", {share.n} answers cannot show it" if share.hits == 0 else ""
                 return f"false vetoes on {name} answers may reach {share.high:.2%}, above {bound:.2%}{few}"
@@ -122,6 +125,7 @@ def weigh(
     carrying = set(exploit.carriers)
     flagged = [i for i in range(len(f.lines)) if f.flagged[i]]
     ordinary, ordinary_are = _ordinary(f, verdict.onset)
+    spoilt = verdict.onset is not None and "before" not in ordinary_are
     for check in checks:
 
         def hits(at: Sequence[int], check: Check = check) -> Share:
@@ -135,6 +139,7 @@ def weigh(
                 hits(ordinary),
                 ordinary_are,
                 Share(sum(fires(check, p, r, None) for p, r in clean), len(clean)) if clean else None,
+                spoilt,
             )
         )
     fit = [o for o in verdict.options if o.refused(bound) is None]
@@ -164,7 +169,7 @@ def candidate_checks(f: Field, exploit: Exploit) -> list[Check]:
     """Its detectors; the literal phrases of the word runs that together cover it; and the widest run by itself."""
     checks = [Check(find.tell.what, {}) for find in exploit.finds if find.tell.kind == "detector"]
     forms: list[list[str]] = []
-    for find in _covering([x for x in exploit.finds if x.tell.kind in _WORDED]):
+    for find in _covering([x for x in exploit.finds if x.tell.kind in WORDED]):
         own: Counter[str] = Counter()
         for i in find.carriers:
             own.update(surface_forms(find.tell.what, f.lines[i].response))

@@ -62,6 +62,7 @@ def _option(o: Option) -> dict[str, Any]:
         "all_flagged": _share(o.all_flagged),
         "false_veto": _share(o.ordinary),
         "ordinary_are": o.ordinary_are,
+        "spoilt": o.spoilt,
         "false_veto_clean": _share(o.clean),
     }
 
@@ -180,6 +181,12 @@ def _section(k: int, f: Field, v: Verdict, bound: float) -> list[str]:
             f"({o.ordinary_are})" + (f", {o.clean} of the clean set" if o.clean is not None else "")
             for o in v.options
         ]
+    if v.options and v.options[0].spoilt:
+        decides = "the clean set decides alone" if v.options[0].clean is not None else "give --clean to settle it"
+        out.append(
+            "- the exploit is there from the beginning, so answers that were not flagged carry it too and are counted "
+            f"as honest above; {decides}"
+        )
     option = v.chosen or next(iter(v.options), None)
     out += ["", "Examples (reward):", ""]
     shown_ = [

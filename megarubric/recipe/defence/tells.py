@@ -13,6 +13,7 @@ from megarubric.rubrics.checks.text import sentences, undisguised
 
 Kind = Literal["opening", "ending", "phrase", "detector", "format", "repetition", "length"]
 DETECTORS = tuple(name for name, kind in KINDS.items() if kind.detector)
+WORDED = ("opening", "ending", "phrase")
 SHORTEST, LONGEST = 3, 7  # words of a run
 _FORMATS = {
     "headings": re.compile(r"^#{1,6} \S", re.MULTILINE),
@@ -33,9 +34,7 @@ class Tell(NamedTuple):
     what: str
 
     def __str__(self) -> str:
-        return (
-            f'{self.kind} "{self.what}"' if self.kind in ("opening", "ending", "phrase") else f"{self.kind} {self.what}"
-        )
+        return f'{self.kind} "{self.what}"' if self.kind in WORDED else f"{self.kind} {self.what}"
 
 
 def sentence_tokens(text: str) -> list[list[str]]:
@@ -43,11 +42,8 @@ def sentence_tokens(text: str) -> list[list[str]]:
     return [words for s in sentences(text) if (words := tokens(undisguised(s)))]
 
 
-def tells_of(prompt: str, response: str, rubric: Rubric | None, length: tuple[int, int]) -> set[Tell]:
-    """All tells of an answer. Runs of words that the prompt holds are left out: they are its own words.
-
-    `length` is (short, long): an answer of so many words or fewer is short, of so many or more long.
-    """
+def word_tells(prompt: str, response: str) -> set[Tell]:
+    """Openings, endings and phrases. Runs of words that the prompt holds are left out: they are its own words."""
     spoken = sentence_tokens(response)
     given = tokens(undisguised(prompt))
     asked = {n: set(runs(given, n)) for n in range(SHORTEST, LONGEST + 1)}
@@ -57,9 +53,16 @@ def tells_of(prompt: str, response: str, rubric: Rubric | None, length: tuple[in
             run = tuple(words[:n] if kind == "opening" else words[-n:])
             if run not in asked[n]:
                 found.add(Tell("opening" if kind == "opening" else "ending", " ".join(run)))
+    return found
+
+
+def tells_of(prompt: str, response: str, rubric: Rubric | None, length: tuple[int, int]) -> set[Tell]:
+    """All tells of an answer. `length` is (short, long): an answer of so many words or fewer is short, of so many or
+    more long."""
+    found = word_tells(prompt, response)
     found |= {Tell("detector", name) for name in DETECTORS if fires(Check(name), prompt, response, rubric)}
     found |= {Tell("format", name) for name, shape in _FORMATS.items() if shape.search(response)}
-    flat = [w for words in spoken for w in words]
+    flat = [w for words in sentence_tokens(response) for w in words]
     if repeated_share(flat, 4) > 0.25:
         found.add(Tell("repetition", "a quarter of the words stand in runs that were there before"))
     if len(flat) >= length[1]:
