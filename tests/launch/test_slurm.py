@@ -238,6 +238,18 @@ def test_asked_twice_before_a_first_checkpoint_is_not_started_a_third_time(tmp_p
     assert calls.read_text().count("scontrol requeue") == 1
 
 
+@pytest.mark.parametrize(("status", "requeues"), [(3, 1), (138, 0), (0, 0)])
+def test_the_template_runs_as_it_stands(tmp_path: Path, status: int, requeues: int) -> None:
+    command = tmp_path / ".venv/bin/megarubric"
+    command.parent.mkdir(parents=True)
+    command.write_text(f'#!/bin/bash\necho "got $*"\nexit {status}\n')
+    command.chmod(0o755)
+    arguments = ["bash", str(TEMPLATE), "a.yaml", "train.steps=2"]
+    done = subprocess.run(arguments, env=cluster(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == status and "got train a.yaml train.steps=2" in done.stdout
+    assert (tmp_path / "called").read_text().count("scontrol requeue 5") == requeues
+
+
 def test_submit_hands_over_a_chain(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
