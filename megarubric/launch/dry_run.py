@@ -50,8 +50,7 @@ def memory_table(c: TrainConfig, hf: Mapping[str, Any]) -> list[str]:
             f"{s.stage:>5}  {s.layers:>6}  " + "  ".join(f"{n / 1e9:>{w}.2f}" for n, w in zip(columns, widths))
         )
     if c.parallel.device_gb is None:
-        buckets = 2 * c.exchange.bucket_mb * 2**20 / 1e9
-        return [*lines, f"exchange buckets {buckets:.2f} GB in shared memory, once a host"]
+        return [*lines, f"exchange buckets {_buckets_gb(c):.2f} GB in shared memory, once a host"]
     return [*lines, "", *_phases(c, hf, stages, c.parallel.device_gb)]
 
 
@@ -64,14 +63,16 @@ def _phases(c: TrainConfig, hf: Mapping[str, Any], stages: Sequence[StageMemory]
     """A GPU that a trainer rank, a policy engine and a judge engine share by turns."""
     r, j = c.rollout, c.judge
     policy = model_size(hf).total * WIDTH[c.model.dtype] / r.tensor_parallel / 1e9
-    buckets = 2 * c.exchange.bucket_mb * 2**20 / 1e9
+    judge = j.gpu_memory_utilization if j.kind == "frozen" else 0.0
     standing = max(s.parameters for s in stages) / 1e9
-    engines = device * (r.gpu_memory_utilization + (j.gpu_memory_utilization if j.kind == "frozen" else 0.0))
     need = {
-        "write and judge": (engines, f"policy {r.gpu_memory_utilization:.0%} of the device" + _judge(c)),
+        "write and judge": (
+            device * (r.gpu_memory_utilization + judge),
+            f"policy {r.gpu_memory_utilization:.0%} of the device" + (f", judge {judge:.0%}" if judge else ""),
+        ),
         "train": (max(s.total for s in stages) / 1e9, "the fullest rank, engines asleep"),
         "exchange": (
-            standing + policy + buckets,
+            standing + policy + _buckets_gb(c),
             f"a rank's parameters, the policy's weights / {r.tensor_parallel}, two buckets",
         ),
     }
@@ -89,5 +90,5 @@ def _phases(c: TrainConfig, hf: Mapping[str, Any], stages: Sequence[StageMemory]
     return lines
 
 
-def _judge(c: TrainConfig) -> str:
-    return f", judge {c.judge.gpu_memory_utilization:.0%}" if c.judge.kind == "frozen" else ""
+def _buckets_gb(c: TrainConfig) -> float:
+    return 2 * c.exchange.bucket_mb * 2**20 / 1e9

@@ -9,16 +9,16 @@ Qwen3's own FP8 checkpoints.)
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megarubric.errors import BadInput
-from megarubric.megatron import hf_files
+from megarubric.megatron import hf_files, weights
 from megarubric.megatron.families import read_config
 
 BLOCK = 128
@@ -27,7 +27,6 @@ _QUANTISED = re.compile(
     r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:experts\.\d+\.|shared_expert\.)?(?:gate|up|down)_proj)\.weight"
 )
 _KEPT = re.compile(r"(?:lm_head|model\.layers\.\d+\.mlp\.(?:gate|shared_expert_gate))\.weight")
-_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def is_quantised(name: str) -> bool:
@@ -97,17 +96,22 @@ def export_fp8(
     partial.mkdir(parents=True)
     plan = hf_files.plan_shards(manifest, dtypes, partial, max_shard_bytes)
     hf_files.write_headers(plan)
-    for done, (name, info) in enumerate(tensors.items(), 1):
-        tensor = _read(info)
-        if not torch.isfinite(tensor).all():
-            raise BadInput(info.path, name, "has a value that is not finite")
-        if is_quantised(name):
-            small, scale = quantise(tensor)
-            _write(plan[name], small)
-            _write(plan[f"{name}_scale_inv"], scale)
-        else:
-            _write(plan[name], tensor)
-        progress(done, len(tensors))
+    with weights.Files() as sources, weights.Files(sync=True) as targets:
+
+        def write(name: str, tensor: Tensor) -> None:
+            place = plan[name]
+            weights.write_rectangle(targets.open(place.path, os.O_WRONLY), place, _whole(place), tensor)
+
+        for done, (name, info) in enumerate(tensors.items(), 1):
+            tensor = torch.empty(info.shape, dtype=weights.DTYPES[info.dtype])
+            weights.read_rectangle(sources.open(info.path, os.O_RDONLY), info, _whole(info), tensor)
+            if not torch.isfinite(tensor).all():
+                raise BadInput(info.path, name, "has a value that is not finite")
+            if is_quantised(name):
+                tensor, scale = quantise(tensor)
+                write(f"{name}_scale_inv", scale)
+            write(name, tensor)
+            progress(done, len(tensors))
     kept = sorted(name.removesuffix(".weight") for name in tensors if _KEPT.fullmatch(name))
     config["quantization_config"] = {
         "quant_method": "fp8",
@@ -126,14 +130,5 @@ def export_fp8(
     return sum(info.nbytes for info in plan.values())
 
 
-def _read(info: Any) -> Tensor:
-    with info.path.open("rb") as file:
-        file.seek(info.offset)
-        data = bytearray(file.read(info.nbytes))
-    return torch.frombuffer(data, dtype=_TORCH[info.dtype]).view(info.shape)
-
-
-def _write(info: Any, tensor: Tensor) -> None:
-    with info.path.open("r+b") as file:
-        file.seek(info.offset)
-        file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+def _whole(info: hf_files.TensorInfo) -> tuple[slice, ...]:
+    return tuple(slice(0, side) for side in info.shape)

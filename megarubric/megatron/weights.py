@@ -26,8 +26,8 @@ from megarubric.megatron.families import family_of
 from megarubric.megatron.hf_files import MAX_SHARD_BYTES, TensorInfo, plan_shards
 from megarubric.megatron.pieces import Piece, model_pieces
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BUFFER_BYTES = 64 << 20
 
 
@@ -42,13 +42,13 @@ def load_hf(models: Sequence[torch.nn.Module], directory: str | Path, layout: Pa
     unexpected, of another shape or a dtype that is not a plain float, or a file is cut short.
     """
     hf, places = open_places(directory)
-    with _Files() as files, torch.no_grad():
+    with Files() as files, torch.no_grad():
         for piece in model_pieces(models, hf, layout):
             for place in places[piece.hf_name]:
                 overlap = place.overlap(piece.hf_index)
                 if overlap is not None:
                     stored, wanted = overlap
-                    _read(files.open(place.info.path, os.O_RDONLY), place.info, stored, piece.local[wanted])
+                    read_rectangle(files.open(place.info.path, os.O_RDONLY), place.info, stored, piece.local[wanted])
     return hf
 
 
@@ -109,11 +109,11 @@ def export_hf(
             partial.mkdir(parents=True)
             hf_files.write_headers(plan)
             _write_side_files(partial, plan, hf_config, dtype, Path(carry_from) if carry_from else None)
-    with _everywhere(directory, partial if first else None), _Files(sync=True) as files:
+    with _everywhere(directory, partial if first else None), Files(sync=True) as files:
         for piece in pieces:
             if piece.owned:
                 info = plan[piece.hf_name]
-                _write(files.open(info.path, os.O_WRONLY), info, piece.hf_index, piece.local)
+                write_rectangle(files.open(info.path, os.O_WRONLY), info, piece.hf_index, piece.local)
     with _everywhere(directory, partial if first else None):
         if first:
             hf_files.replace_directory(partial, directory)
@@ -159,7 +159,7 @@ class _everywhere:
 # --------------------------------------------------------------------------------------------------------- rectangles
 
 
-class _Files:
+class Files:
     """Descriptors opened once and closed together, with fsync when `sync`."""
 
     def __init__(self, *, sync: bool = False) -> None:
@@ -171,7 +171,7 @@ class _Files:
             self._open[path] = os.open(path, flags)
         return self._open[path]
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> Files:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -197,10 +197,10 @@ def _blocks(info: TensorInfo, index: tuple[slice, ...]) -> Iterator[tuple[slice,
         yield slice(low, high), info.offset + (index[0].start + low) * row_bytes, row_bytes
 
 
-def _read(descriptor: int, info: TensorInfo, index: tuple[slice, ...], into: Tensor) -> None:
+def read_rectangle(descriptor: int, info: TensorInfo, index: tuple[slice, ...], into: Tensor) -> None:
     """Read the rectangle `index` of a tensor. Whole rows are read, and the columns taken from them."""
     for rows, offset, _ in _blocks(info, index):
-        block = torch.empty((rows.stop - rows.start, *info.shape[1:]), dtype=_DTYPES[info.dtype])
+        block = torch.empty((rows.stop - rows.start, *info.shape[1:]), dtype=DTYPES[info.dtype])
         buffer = memoryview(block.view(torch.uint8).numpy().reshape(-1))
         done = 0
         while done < len(buffer):
@@ -211,10 +211,10 @@ def _read(descriptor: int, info: TensorInfo, index: tuple[slice, ...], into: Ten
         into[rows].copy_(block[(slice(None), *index[1:])])
 
 
-def _write(descriptor: int, info: TensorInfo, index: tuple[slice, ...], values: Tensor) -> None:
+def write_rectangle(descriptor: int, info: TensorInfo, index: tuple[slice, ...], values: Tensor) -> None:
     """Write the rectangle `index` of a tensor: whole rows at once, a part of the columns row by row."""
     for rows, offset, row_bytes in _blocks(info, index):
-        block = values[rows].to(device="cpu", dtype=_DTYPES[info.dtype]).contiguous()
+        block = values[rows].to(device="cpu", dtype=DTYPES[info.dtype]).contiguous()
         data = memoryview(block.view(torch.uint8).numpy().reshape(-1))
         if len(data) == block.shape[0] * row_bytes:
             _write_all(descriptor, data, offset)

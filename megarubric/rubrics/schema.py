@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
+from megarubric.config.schema import Family as Family  # lives below, where a run names the families it trains on
+
 Scope = Literal["dataset", "task", "instance"]
-Family = Literal["instruction", "creative", "social", "humanities", "reasoning", "safety", "defence", "style"]
 Author = Literal["human", "llm", "hybrid"]
 PairKind = Literal["product", "min", "gap"]
 MissingVeto = Literal["unscored", "pass", "fail"]

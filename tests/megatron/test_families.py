@@ -54,7 +54,6 @@ def layouts() -> ModuleType:
 def make_references(directory: str) -> dict[str, float]:
     """One process: save each model, its logits, and the gradients of the weighted loss. Returns the losses."""
     import torch
-    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     checks = layouts()
@@ -62,27 +61,7 @@ def make_references(directory: str) -> dict[str, float]:
     for name, config in CONFIGS.items():
         torch.manual_seed(11)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.partition("-")[0], **config)).float()
-        with torch.no_grad():
-            for parameter in model.parameters():  # far from initialisation, so that a swapped row shows
-                if parameter.ndim == 1:
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-                else:
-                    parameter.mul_(3)
-        place = Path(directory) / name
-        model.save_pretrained(place)
-        (place / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
-        outputs, total = {}, torch.zeros(())
-        for i, batch in enumerate(checks.micro_batches(config["vocab_size"])):
-            logits = torch.cat([model(ids[None]).logits[0] for ids in batch["ids"].split(batch["lengths"])])
-            token_losses = torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="none")
-            total = total + (token_losses * batch["weights"]).sum()
-            outputs[f"logits.{i}"] = logits.detach()
-        total.backward()
-        for parameter_name, parameter in model.named_parameters():
-            named = checks.checkpoint_names(parameter_name, parameter.grad)
-            outputs |= {f"grad.{key}": value for key, value in named.items()}
-        save_file({key: value.contiguous() for key, value in outputs.items()}, place / "reference.safetensors.ref")
-        losses[name] = float(total)
+        losses[name] = checks.save_reference(model, Path(directory) / name)
     return losses
 
 

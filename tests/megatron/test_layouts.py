@@ -60,35 +60,40 @@ def micro_batches(vocab_size: int) -> list[dict[str, Any]]:
 def make_reference(directory: str) -> dict[str, float]:
     """One process: save each model, its logits, and the gradients of the weighted loss. Returns the losses."""
     import torch
-    from safetensors.torch import save_file
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     losses = {}
     for name, config in CONFIGS.items():
         torch.manual_seed(11)
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(COMMON | config))).float()
-        with torch.no_grad():
-            for parameter in model.parameters():  # far from initialisation, so that a swapped row shows
-                if parameter.ndim == 1:
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-                else:
-                    parameter.mul_(3)
-        place = Path(directory) / name
-        model.save_pretrained(place)
-        (place / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
-        outputs, total = {}, torch.zeros(())
-        for i, batch in enumerate(micro_batches(config["vocab_size"])):
-            rows = [model(ids[None]).logits[0] for ids in batch["ids"].split(batch["lengths"])]
-            logits = torch.cat(rows)
-            losses_per_token = torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="none")
-            total = total + (losses_per_token * batch["weights"]).sum()
-            outputs[f"logits.{i}"] = logits.detach()
-        total.backward()
-        for parameter_name, parameter in model.named_parameters():
-            outputs |= {f"grad.{key}": value for key, value in checkpoint_names(parameter_name, parameter.grad).items()}
-        save_file({key: value.contiguous() for key, value in outputs.items()}, place / "reference.safetensors.ref")
-        losses[name] = float(total)
+        losses[name] = save_reference(model, Path(directory) / name)
     return losses
+
+
+def save_reference(model: Any, place: Path) -> float:
+    """Save a transformers model moved far from its initialisation, its logits and gradients; the weighted loss."""
+    import torch
+    from safetensors.torch import save_file
+
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from initialisation, so that a swapped row shows
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(3)
+    model.save_pretrained(place)
+    (place / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
+    outputs, total = {}, torch.zeros(())
+    for i, batch in enumerate(micro_batches(model.config.vocab_size)):
+        logits = torch.cat([model(ids[None]).logits[0] for ids in batch["ids"].split(batch["lengths"])])
+        token_losses = torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="none")
+        total = total + (token_losses * batch["weights"]).sum()
+        outputs[f"logits.{i}"] = logits.detach()
+    total.backward()
+    for name, parameter in model.named_parameters():
+        outputs |= {f"grad.{key}": value for key, value in checkpoint_names(name, parameter.grad).items()}
+    save_file({key: value.contiguous() for key, value in outputs.items()}, place / "reference.safetensors.ref")
+    return float(total)
 
 
 def checkpoint_names(name: str, gradient: Any) -> dict[str, Any]:
