@@ -25,6 +25,7 @@ import zmq.asyncio
 from numpy.typing import NDArray
 
 from megarubric.errors import MegarubricError, ProcessDied
+from megarubric.exchange.curve import Gate, join
 
 PROTOCOL = 1
 WATCH_S = 0.25  # how often a waiting client looks whether its peer's process still lives
@@ -109,7 +110,8 @@ def ipc_endpoint(directory: Path, name: str) -> str:
 
 
 class CurveKeys(msgspec.Struct, frozen=True):
-    """CURVE key pair of a run (Z85 text); the same pair authenticates servers and clients of that run."""
+    """CURVE key pair of a run (Z85 text); the same pair authenticates servers and clients of that run: nobody connects
+    without its secret (`curve.Gate`)."""
 
     public: bytes
     secret: bytes
@@ -158,8 +160,7 @@ class Server[T: msgspec.Struct]:
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if keys is not None:
-            self._socket.curve_server = True
-            self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
+            Gate(self._context, keys.public, keys.secret).guard(self._socket)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -220,8 +221,7 @@ class Client:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         if keys is not None:
-            self._socket.curve_serverkey = keys.public
-            self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
+            join(self._socket, keys.public, keys.secret)
         self._socket.connect(endpoint)
         self._peer_status = peer_status
         self._numbers = itertools.count(1)

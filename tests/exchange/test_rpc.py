@@ -16,6 +16,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from zmq.utils.monitor import recv_monitor_message
 
 from megarubric.errors import ProcessDied
 from megarubric.exchange.rpc import (
@@ -161,10 +162,27 @@ def test_tcp_needs_keys_and_works_with_them(serve, tmp_path: Path) -> None:
     endpoint = serve("tcp://127.0.0.1:*", keys)
     result = run_with(endpoint, lambda c: double(c, np.arange(4)), keys=keys)
     np.testing.assert_array_equal(result, [0, 2, 4, 6])
-    with pytest.raises(TimeoutError):  # another key pair is not let in
+    with pytest.raises(TimeoutError):  # who knows the public key only is not let in
         run_with(
             endpoint, lambda c: c.call(Explode("x"), timeout_s=0.5), keys=CurveKeys(keys.public, zmq.curve_keypair()[1])
         )
+
+
+def test_a_client_with_a_key_pair_of_its_own_is_not_let_in(serve) -> None:
+    keys, own = CurveKeys.generate(), CurveKeys.generate()
+    endpoint = serve("tcp://127.0.0.1:*", keys)
+    context = zmq.Context()
+    stranger = context.socket(zmq.DEALER)
+    stranger.linger = 0
+    stranger.curve_serverkey = keys.public  # knows whom to ask, and proves to be somebody else
+    stranger.curve_publickey, stranger.curve_secretkey = own.public, own.secret
+    refused = stranger.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+    stranger.connect(endpoint)
+    assert refused.poll(10_000) and recv_monitor_message(refused)["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    stranger.disable_monitor()
+    stranger.close()
+    context.destroy()
+    np.testing.assert_array_equal(run_with(endpoint, lambda c: double(c, np.arange(2)), keys=keys), [0, 2])
 
 
 @pytest.mark.parametrize("parts", [[], [b"x"], [b"\x93\x01\x01\xc2", b"junk"], [b"\x93\x09\x01\xc2", b"\x80"]])
