@@ -118,9 +118,10 @@ def test_empty_and_malformed_prompt_files(tmp_path: Path, capsys: pytest.Capture
     assert "bad.jsonl" in line and "wieght" in line
 
 
-def test_more_than_one_node_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NNODES", "2")
-    assert "a run has one node for now" in one_line(capsys, "train", CONFIG, "--dry-run")
+    assert "Slurm: 2 nodes: and parallel.nodes is 1" in one_line(capsys, "train", CONFIG)
 
 
 def test_port_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

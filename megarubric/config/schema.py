@@ -97,6 +97,7 @@ class Judge(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     retries: int = 1
     max_requests: int = 0  # budget of a url judge, each of the two; 0 = none; beyond it judgements are unread
     max_total_tokens: int = 0
+    engines: int = 1  # of a frozen judge, each on `tensor_parallel` GPUs; a second judge has one
     tensor_parallel: int = 1
     max_model_len: int = 1024
     gpu_memory_utilization: float = 0.3
@@ -156,6 +157,7 @@ class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The trainer's layout. world size = `ranks` = dp * tp * pp * cp; experts: ep * etp divides dp * cp * tp."""
 
     ranks: int = 1
+    nodes: int = 1  # hosts, with ranks / nodes of the ranks each; every host starts the same command (docs/hosts.md)
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
@@ -164,6 +166,7 @@ class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     etp: int = 1
     threads: int | None = None  # CPU threads a rank; null = cores / ranks
     master_port: int | None = None  # null = a free one
+    interface: str | None = None  # network interface between hosts, e.g. ib0; null = the one of the host's name
     card: Literal["a100", "h100", "h200", "b200"] | None = None  # the GPU this is meant for, for checks; null = a CPU
 
     @property
@@ -177,15 +180,20 @@ class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return CARDS[self.card][1] if self.card else None
 
     @property
+    def ranks_per_node(self) -> int:
+        return self.ranks // self.nodes
+
+    @property
     def layout(self) -> ParallelLayout:
         """The degrees as Megatron sees them."""
         return ParallelLayout(tp=self.tp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp, cp=self.cp)
 
 
 class Exchange(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Weight exchange: flat buckets in shared memory, two of `bucket_mb` MiB each."""
+    """Weight exchange: flat buckets in each host's shared memory, two of `bucket_mb` MiB each."""
 
     bucket_mb: int = 64
+    delta: bool = False  # between hosts, send what changed; costs host memory of what travels, at both ends
     verify: bool = True  # compare the engine's checksum with the trainer's after every exchange
 
 
@@ -295,9 +303,11 @@ def _positive(section: Section, name: str, *fields: str) -> str | None:
 
 def check_parallel(p: Parallel) -> str | None:
     """First thing wrong with the layout itself (what depends on the model is checked against its config), or None."""
-    wrong = _positive(p, "parallel", "ranks")
+    wrong = _positive(p, "parallel", "ranks", "nodes")
     if wrong:
         return wrong
+    if p.ranks % p.nodes:
+        return f"parallel.nodes: {p.nodes} hosts cannot share parallel.ranks {p.ranks} evenly"
     try:
         p.layout.check(p.ranks)
     except BadInput as error:
@@ -320,8 +330,11 @@ def check_optimizer(t: Train) -> str | None:
 
 def check_judge(j: Judge) -> str | None:
     wrong = _positive(j, "judge", "concurrency", "timeout_s", "max_model_len", "max_tokens", "draws")
+    wrong = wrong or _positive(j, "judge", "engines", "tensor_parallel")
     if wrong:
         return wrong
+    if j.engines > 1 and j.kind != "frozen":
+        return f"judge.engines: given, but judge.kind is {j.kind}"
     for field in ("retries", "max_requests", "max_total_tokens", "temperature"):
         if getattr(j, field) < 0:
             return f"judge.{field}: must not be negative, is {getattr(j, field)}"
@@ -407,7 +420,7 @@ def check_train(c: TrainConfig) -> str | None:
     wrong = wrong or _positive(c.rollout, "rollout", "temperature", "max_num_seqs", "cpu_kv_gib")
     wrong = wrong or check_judge(c.judge)
     wrong = wrong or check_algorithm(c.algorithm) or check_filter(c.filter)
-    if not wrong and (refused := slurm.refuse(c.slurm, c.parallel.ranks, c.parallel.card)):
+    if not wrong and (refused := slurm.refuse(c.slurm, c.parallel.ranks_per_node, c.parallel.card)):
         wrong = f"slurm.{refused}"
     wrong = wrong or _positive(c.exchange, "exchange", "bucket_mb") or _positive(c.checkpoint, "checkpoint", "keep")
     if wrong:
@@ -427,6 +440,11 @@ def check_train(c: TrainConfig) -> str | None:
         return (
             f"algorithm.updates_per_step: {c.algorithm.updates_per_step} does not divide "
             f"rollout.prompts_per_step {c.rollout.prompts_per_step}"
+        )
+    j, ranks = c.judge, c.parallel.ranks
+    if j.kind == "frozen" and c.parallel.card and j.engines * j.tensor_parallel > ranks:
+        return (
+            f"judge.engines: {j.engines} on {j.tensor_parallel} GPUs each are more than the {ranks} of parallel.ranks"
         )
     if c.judge.kind == "policy" and c.rollout.replay:
         return "judge.kind: policy needs a policy engine, and rollout.replay starts none"

@@ -10,11 +10,10 @@ import msgspec
 class Slurm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The batch job of `megarubric submit` (docs/slurm.md). A null leaves the choice to the cluster."""
 
-    nodes: int = 1  # weights are exchanged within one host: more is refused
-    gpus_per_node: int | None = None  # null = parallel.ranks when parallel.card is set, else none
+    gpus_per_node: int | None = None  # null = the node's share of parallel.ranks when parallel.card is set, else none
     cpus_per_task: int | None = None
-    memory: str | None = None  # of the node, e.g. 900G
-    exclusive: bool = True  # no other job on the node
+    memory: str | None = None  # of a node, e.g. 900G
+    exclusive: bool = True  # no other job on the nodes
     minutes: int = 720  # time limit
     margin_s: int = 300  # so long before the limit the run is told to save: more than a step and a checkpoint take
     partition: str | None = None
@@ -28,7 +27,7 @@ class Slurm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     command: str = ".venv/bin/megarubric"
 
     def gpus(self, ranks: int, card: str | None) -> int:
-        """GPUs of the node: engines share those of the trainer's `ranks`; a run without a `card` has none."""
+        """GPUs of a node: engines share those of the trainer's `ranks` there; a run without a `card` has none."""
         return self.gpus_per_node if self.gpus_per_node is not None else (ranks if card else 0)
 
 
@@ -37,16 +36,14 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def refuse(s: Slurm, ranks: int, card: str | None) -> str | None:
-    """First thing wrong with the section, as ``key: sentence``, or None. `ranks`, `card`: the trainer's."""
-    least = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "minutes": 1, "margin_s": 1}
+    """First thing wrong with the section, as ``key: sentence``, or None. `ranks` (of a node), `card`: the trainer's."""
+    least = {"gpus_per_node": 0, "cpus_per_task": 1, "minutes": 1, "margin_s": 1}
     for field, low in least.items():
         value = getattr(s, field)
         if value is not None and value < low:
             return f"{field}: must be at least {low}, is {value}"
-    if s.nodes > 1:
-        return f"nodes: {s.nodes}, but weights are exchanged through one host's memory: one node for now"
     if card and s.gpus(ranks, card) < ranks:
-        return f"gpus_per_node: {s.gpus_per_node}, but parallel.ranks is {ranks}"
+        return f"gpus_per_node: {s.gpus_per_node}, but a node has {ranks} of parallel.ranks"
     if s.margin_s >= 60 * s.minutes:
         return f"margin_s: {s.margin_s} leaves nothing of slurm.minutes {s.minutes}"
     for field in ("partition", "account", "qos", "constraint", "memory"):

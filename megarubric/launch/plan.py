@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -15,6 +16,7 @@ import msgspec
 from megarubric.config import SftConfig, TrainConfig
 from megarubric.config.schema import Parallel, Train
 from megarubric.errors import BadInput
+from megarubric.exchange.buckets import sweep
 from megarubric.megatron.dist_files import is_megatron
 from megarubric.megatron.families import family_of, read_config
 from megarubric.megatron.messages import WorkerConfig
@@ -41,7 +43,16 @@ def check_layout(hf: dict[str, Any], p: Parallel, where: object) -> None:
 
 
 def worker_config(
-    model_dir: str, dtype: str, init: str, seed: int, p: Parallel, t: Train, *, reference: bool, bucket_mb: int
+    model_dir: str,
+    dtype: str,
+    init: str,
+    seed: int,
+    p: Parallel,
+    t: Train,
+    *,
+    reference: bool,
+    bucket_mb: int,
+    delta: bool = False,
 ) -> WorkerConfig:
     """Settings of the trainer ranks. The shared-memory prefix is drawn anew: two runs on one host never meet."""
     cores = os.cpu_count() or 1
@@ -69,7 +80,9 @@ def worker_config(
         reference=reference,
         bucket_bytes=bucket_mb << 20,
         shm_prefix=f"megarubric-{secrets.token_hex(6)}",
-        threads=p.threads or max(1, cores // p.ranks),
+        threads=p.threads or max(1, cores * p.nodes // p.ranks),
+        hosts=p.nodes,
+        exchange_delta=delta,
     )
 
 
@@ -83,6 +96,7 @@ def train_worker_config(c: TrainConfig) -> WorkerConfig:
         c.train,
         reference=c.algorithm.kl_coef > 0,
         bucket_mb=c.exchange.bucket_mb,
+        delta=c.exchange.delta,
     )
 
 
@@ -132,8 +146,11 @@ def engine_config(c: TrainConfig, role: Literal["policy", "judge"], judge_model:
     )
 
 
-def command(kind: Literal["trainer", "engine"], config: Path | str, endpoint: str) -> Sequence[str]:
-    return [sys.executable, "-m", MODULES[kind], "--config", str(config), "--endpoint", endpoint]
+def command(
+    kind: Literal["trainer", "engine"], config: Path | str, endpoint: str, keys: Path | None = None
+) -> Sequence[str]:
+    given = ["--keys", str(keys)] if keys else []
+    return [sys.executable, "-m", MODULES[kind], "--config", str(config), "--endpoint", endpoint, *given]
 
 
 def quiet_environment(threads: int) -> dict[str, str]:
@@ -179,6 +196,12 @@ def rank_environment(rank: int, world: int, local_rank: int, host: str, port: in
         "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
     }
+
+
+def sweep_left_behind(worker_file: Path) -> None:
+    """Remove the shared memory of the run that wrote `worker_file`, if it was killed before it could."""
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        sweep(msgspec.json.decode(worker_file.read_bytes(), type=WorkerConfig).shm_prefix)
 
 
 def socket_dir(run_dir: Path) -> Path:

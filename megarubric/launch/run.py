@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from megarubric.config import TrainConfig, dump, fp8, load_train
 from megarubric.errors import BadInput, MegarubricError, ProcessDied
 from megarubric.evaluate.heldout import evaluate
 from megarubric.evaluate.summary import Summary
-from megarubric.launch import dry_run, plan
+from megarubric.launch import dry_run, hosts, plan
+from megarubric.launch.agent import run_agent
+from megarubric.launch.hosts import Place
 from megarubric.launch.judge import check_judge, engines_of
 from megarubric.launch.rundir import RunDir, RunState, claim
 from megarubric.launch.signals import StopFlag
@@ -225,13 +226,13 @@ def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool
         raise BadInput(path, "train.fp8", wrong)
     if c.algorithm.routing_replay and not hf.get("num_experts"):
         raise BadInput(path, "algorithm.routing_replay", "is on, but the model has no experts")
-    if (nodes := os.environ.get("SLURM_NNODES", "1")) != "1":
-        reason = "weights are exchanged through one host's shared memory, so a run has one node for now"
-        raise BadInput("Slurm", f"{nodes} nodes", reason)
     if dry_run:
         return _dry_run(c, hf, path, there)
+    place = hosts.here(c.parallel.nodes)
+    if place.node > 0:
+        return run_agent(Path(c.runs_dir) / c.name, place, c.parallel.interface)
     with claim(c.runs_dir, c.name, fresh) as dir:
-        return asyncio.run(_run_train(c, dir, path))
+        return asyncio.run(_run_train(c, dir, path, place))
 
 
 def _dry_run(c: TrainConfig, hf: dict[str, object], where: str, there: bool) -> int:
@@ -257,7 +258,7 @@ def _dry_run(c: TrainConfig, hf: dict[str, object], where: str, there: bool) -> 
     return 0
 
 
-async def _run_train(c: TrainConfig, dir: RunDir, where: str) -> int:
+async def _run_train(c: TrainConfig, dir: RunDir, where: str, place: Place) -> int:
     from megarubric.train import train
 
     prompts = Prompts(c)
@@ -269,10 +270,11 @@ async def _run_train(c: TrainConfig, dir: RunDir, where: str) -> int:
             f"{dir.path}: all {c.train.steps} steps are done already (train.steps=N goes on, --fresh starts anew)"
         )
         return 0
+    where = f" on {place.nodes} hosts" if place.nodes > 1 else ""
     terminal.say(
-        f"run {c.name}: starting {c.parallel.ranks} trainer rank(s), {c.rollout.engines} policy engine(s), judge"
+        f"run {c.name}: starting {c.parallel.ranks} trainer rank(s), {c.rollout.engines} policy engine(s), judge{where}"
     )
-    async with running(c, dir.path, plan.train_worker_config(c)) as system:
+    async with running(c, dir.path, plan.train_worker_config(c), place) as system:
         run = Run(c, dir, prompts, system)
         try:
             await run.resume()

@@ -72,12 +72,12 @@ def render(template: str, c: TrainConfig, path: str, overrides: Sequence[str], *
     Raises BadInput when the template lacks a place that must be filled.
     """
     s, run_dir = c.slurm, Path(c.runs_dir) / c.name
-    gpus = s.gpus(c.parallel.ranks, c.parallel.card)
+    gpus = s.gpus(c.parallel.ranks_per_node, c.parallel.card)
     text = _directives(
         re.sub(r"\A(#!.*\n)(?:#(?!SBATCH).*\n)+", rf"\1{_INTRODUCTION}", template),
         {
             "job-name": c.name,
-            "nodes": s.nodes,
+            "nodes": c.parallel.nodes,
             "gpus-per-node": gpus or None,
             "cpus-per-task": s.cpus_per_task,
             "mem": s.memory,

@@ -25,6 +25,11 @@ class Child:
     def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.name, self.process, self.log = name, process, log
 
+    @property
+    def returncode(self) -> int | None:
+        """None while it lives, else its exit status, or minus the signal that killed it."""
+        return self.process.poll()
+
     def status(self) -> str | None:
         """None while it lives, else one line: who ended, how, its last words, and where its log is."""
         code = self.process.poll()
@@ -50,8 +55,8 @@ def last_words(log: Path, limit: int = 300) -> str:
 class Supervisor:
     """Context manager over the children of one run."""
 
-    def __init__(self, log_dir: Path) -> None:
-        self.log_dir = log_dir
+    def __init__(self, log_dir: Path, processes: str = "processes.json") -> None:
+        self.log_dir, self._processes = log_dir, processes
         self.children: list[Child] = []
 
     def __enter__(self) -> Supervisor:
@@ -63,7 +68,7 @@ class Supervisor:
     def start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> Child:
         """Start `argv` with `env` on top of this process's environment; output goes to ``logs/NAME.log`` (appended).
 
-        ``logs/processes.json`` maps names to process ids, for debuggers and profilers.
+        ``logs/processes.json`` (or the name given) maps names to process ids, for debuggers and profilers.
         """
         self.log_dir.mkdir(parents=True, exist_ok=True)
         log = self.log_dir / f"{name}.log"
@@ -79,12 +84,18 @@ class Supervisor:
         child = Child(name, process, log)
         self.children.append(child)
         pids = {child.name: child.process.pid for child in self.children}
-        (self.log_dir / "processes.json").write_text(json.dumps(pids, indent=1))
+        (self.log_dir / self._processes).write_text(json.dumps(pids, indent=1))
         return child
 
     def ended(self) -> str | None:
         """One line about the first child that ended, or None while all live."""
         return next((line for child in self.children if (line := child.status()) is not None), None)
+
+    def all_ended(self) -> list[tuple[str, int, str]]:
+        """Name, return code and line of every child that ended."""
+        return [
+            (child.name, child.returncode or 0, line) for child in self.children if (line := child.status()) is not None
+        ]
 
     def check(self) -> None:
         """Raise ProcessDied when a child has ended."""

@@ -9,21 +9,23 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
 from megarubric.config import TrainConfig
 from megarubric.errors import MegarubricError, ProcessDied
 from megarubric.exchange.buckets import sweep
 from megarubric.exchange.rpc import ipc_endpoint
 from megarubric.exchange.update import exchange
 from megarubric.judging.judge import Judge
-from megarubric.launch import plan
+from megarubric.launch import hosts, plan
+from megarubric.launch.hosts import Place
 from megarubric.launch.judge import make_judge
+from megarubric.launch.remote import Fleet, RemoteChild, meeting
 from megarubric.launch.supervisor import Child, Supervisor, free_port
 from megarubric.megatron.client import TrainerClient
 from megarubric.megatron.messages import WorkerConfig
 from megarubric.rollout.client import EngineClient
 from megarubric.rollout.messages import EngineConfig
+
+ALONE = Place()
 
 
 class StartFailed(MegarubricError):
@@ -32,10 +34,11 @@ class StartFailed(MegarubricError):
 
 class System:
     """Handles on the processes of a run. `trainer` is None in an evaluation, `policies` is empty when rollouts are
-    replayed, `judge` always answers (without a backend it judges by checks and stored judgements only)."""
+    replayed, `judge` always answers (without a backend it judges by checks and stored judgements only). `fleet` has the
+    run's other hosts; without it everything is started here."""
 
-    def __init__(self, supervisor: Supervisor, sockets: Path) -> None:
-        self.supervisor, self.sockets = supervisor, sockets
+    def __init__(self, supervisor: Supervisor, sockets: Path, fleet: Fleet | None = None) -> None:
+        self.supervisor, self.sockets, self.fleet = supervisor, sockets, fleet
         self.trainer: TrainerClient | None = None
         self.policies: list[EngineClient] = []
         self.judge_engines: list[EngineClient] = []
@@ -46,27 +49,51 @@ class System:
         self.shm_prefix = ""
         self.shares_devices = False  # engines and trainer on the same GPUs: they take turns (`training`)
 
+    @property
+    def nodes(self) -> int:
+        return 1 + (len(self.fleet.others) if self.fleet else 0)
+
+    @property
+    def children(self) -> list[Child | RemoteChild]:
+        """Every process of the run, on all hosts."""
+        return [*self.supervisor.children, *(self.fleet.children if self.fleet else ())]
+
     def start_engine(self, name: str, config: EngineConfig, index: int = 0) -> EngineClient:
-        """Start one engine process; it answers when the model is loaded. The `index`-th of its kind gets the GPUs at
-        that place."""
+        """Start one engine process; it answers when the model is loaded. The `index`-th of its kind goes to host
+        ``index % nodes`` and gets the GPUs at its place there."""
+        node, index = index % self.nodes, index // self.nodes
+        if node > 0:
+            assert self.fleet is not None
+            child, endpoint = self.fleet.others[node - 1].start_engine(name, config, index)
+            return EngineClient(endpoint, self.fleet.keys, child.status, host=node)
         endpoint = ipc_endpoint(self.sockets, name)
         path = plan.write_json(self.supervisor.log_dir / f"{name}.json", config)
         environment = plan.quiet_environment(config.threads) | plan.engine_devices(index, config.tensor_parallel)
-        child = self.supervisor.start(name, plan.command("engine", path, endpoint), environment)
-        return EngineClient(endpoint, peer_status=child.status)
+        started = self.supervisor.start(name, plan.command("engine", path, endpoint), environment)
+        return EngineClient(endpoint, peer_status=started.status)
 
     def start_trainer(self, config: WorkerConfig, ranks: int, port: int | None) -> TrainerClient:
-        """Start `ranks` trainer ranks on this host; rank 0 answers when all have built the model."""
+        """Start `ranks` trainer ranks, an equal share on each host; rank 0, on this one, answers when all have built
+        the model."""
         endpoint = ipc_endpoint(self.sockets, "trainer")
         path = self.supervisor.log_dir / "trainer.json"
-        sweep_left_behind(path)
+        plan.sweep_left_behind(path)
         self.shm_prefix = config.shm_prefix
         plan.write_json(path, config)
-        port = free_port(port)
-        children: list[Child] = []
+        fleet, port, share = self.fleet, free_port(port), ranks // self.nodes
+        master = fleet.address if fleet else "127.0.0.1"
+        network = hosts.network_environment(fleet.address, fleet.interface) if fleet else {}
+        argv = plan.command("trainer", path, endpoint, fleet.keys_file if fleet else None)
+        children: list[Child | RemoteChild] = []
         for rank in range(ranks):
-            env = plan.rank_environment(rank, ranks, rank, "127.0.0.1", port, config.threads)
-            children.append(self.supervisor.start(f"trainer-{rank}", plan.command("trainer", path, endpoint), env))
+            name, (node, local_rank) = f"trainer-{rank}", divmod(rank, share)
+            if node == 0:
+                env = plan.rank_environment(rank, ranks, local_rank, master, port, config.threads) | network
+                children.append(self.supervisor.start(name, argv, env))
+            else:
+                assert fleet is not None
+                other = fleet.others[node - 1]
+                children.append(other.start_rank(name, config, rank, ranks, local_rank, (master, port)))
         return TrainerClient(endpoint, peer_status=lambda: first_ended(children))
 
     async def ready(self) -> None:
@@ -132,10 +159,10 @@ class System:
         """Which process ended first, in one line. A trainer rank that lost another only says so; a person wants to know
         which was killed."""
         for _ in range(20):
-            if (line := first_ended(self.supervisor.children)) is not None and "was killed by" in line:
+            if (line := first_ended(self.children)) is not None and "was killed by" in line:
                 return line
             await asyncio.sleep(0.1)
-        return first_ended(self.supervisor.children) or str(error)
+        return first_ended(self.children) or str(error)
 
     async def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -151,37 +178,35 @@ class System:
         shutil.rmtree(self.sockets, ignore_errors=True)
 
 
-def first_ended(children: Sequence[Child]) -> str | None:
+def first_ended(children: Sequence[Child | RemoteChild]) -> str | None:
     """One line about the first of `children` that ended; a killed one before those that only followed it."""
-    lines = [(child.process.returncode or 0, line) for child in children if (line := child.status()) is not None]
+    lines = [(child.returncode or 0, line) for child in children if (line := child.status()) is not None]
     return min(lines)[1] if lines else None
 
 
-def sweep_left_behind(worker_file: Path) -> None:
-    """Remove the shared memory of the run that wrote `worker_file`, if it was killed before it could."""
-    with contextlib.suppress(OSError, msgspec.DecodeError):
-        sweep(msgspec.json.decode(worker_file.read_bytes(), type=WorkerConfig).shm_prefix)
-
-
 @contextlib.asynccontextmanager
-async def running(config: TrainConfig, run_dir: Path, worker: WorkerConfig | None) -> AsyncIterator[System]:
-    """Start what `config` needs (and the trainer when `worker` is given), wait until all is ready, end all on exit."""
-    system = System(Supervisor(run_dir / "logs"), plan.socket_dir(run_dir))
-    try:
-        by_turns = worker is not None and plan.on_gpu()
-        if worker is not None and not by_turns:
-            system.trainer = system.start_trainer(worker, config.parallel.ranks, config.parallel.master_port)
-        if config.rollout.replay is None:
-            policy = plan.engine_config(config, "policy")
-            system.policies = [system.start_engine(f"policy-{i}", policy, i) for i in range(config.rollout.engines)]
-        system.judge = await make_judge(config, system)
+async def running(
+    config: TrainConfig, run_dir: Path, worker: WorkerConfig | None, place: Place = ALONE
+) -> AsyncIterator[System]:
+    """Start what `config` needs (and the trainer when `worker` is given) on the hosts of `place`, wait until all is
+    ready, end all on exit."""
+    async with meeting(run_dir, place, config.parallel.interface) as fleet:
+        system = System(Supervisor(run_dir / "logs"), plan.socket_dir(run_dir), fleet)
         try:
-            if worker is not None and by_turns:
-                await system.engines_first()
+            by_turns = worker is not None and plan.on_gpu()
+            if worker is not None and not by_turns:
                 system.trainer = system.start_trainer(worker, config.parallel.ranks, config.parallel.master_port)
-            await system.ready()
-        except ProcessDied as error:  # nothing has been done yet, so there is no state to speak of
-            raise StartFailed(str(error)) from error
-        yield system
-    finally:
-        await system.close()
+            if config.rollout.replay is None:
+                policy = plan.engine_config(config, "policy")
+                system.policies = [system.start_engine(f"policy-{i}", policy, i) for i in range(config.rollout.engines)]
+            system.judge = await make_judge(config, system)
+            try:
+                if worker is not None and by_turns:
+                    await system.engines_first()
+                    system.trainer = system.start_trainer(worker, config.parallel.ranks, config.parallel.master_port)
+                await system.ready()
+            except ProcessDied as error:  # nothing has been done yet, so there is no state to speak of
+                raise StartFailed(str(error)) from error
+            yield system
+        finally:
+            await system.close()

@@ -55,6 +55,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     fp8_bf16_layers: int = 1  # so many first and last layers keep bf16 linears
     reference: bool = False  # keep a host copy of the first weights for KL to a reference
     bucket_bytes: int = 64 << 20
+    hosts: int = 1  # host of a rank = rank * hosts // world
+    exchange_delta: bool = False  # between hosts, send what changed since the last version
     shm_prefix: str = "megarubric"  # unique per run: names of shared memory segments begin with it
     threads: int = 1  # CPU threads of a rank
     timeout_s: float = 600.0  # of collectives: a rank that died silently is noticed at the latest after this

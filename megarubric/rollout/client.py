@@ -25,8 +25,14 @@ class EngineClient:
     """
 
     def __init__(
-        self, endpoint: str, keys: CurveKeys | None = None, peer_status: Callable[[], str | None] = lambda: None
+        self,
+        endpoint: str,
+        keys: CurveKeys | None = None,
+        peer_status: Callable[[], str | None] = lambda: None,
+        host: int = 0,
     ) -> None:
+        """`host`: on which of the run's hosts the engine is, whose shared memory it reads."""
+        self.host = host
         self._rpc = Client(endpoint, m.Reply, keys, peer_status)
 
     async def ready(self, timeout_s: float | None = None) -> m.EngineStats:

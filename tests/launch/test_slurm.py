@@ -103,7 +103,7 @@ def test_the_arguments_arrive_as_they_were_typed(config: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("slurm.nodes=2", "slurm.nodes: 2, but weights"),
+        ("parallel.nodes=2", "parallel.nodes: 2 hosts cannot share parallel.ranks 1"),
         ("slurm.minutes=5", "slurm.margin_s: 300 leaves nothing"),
         ("slurm.minutes=0", "slurm.minutes: must be at least 1"),
         ("slurm.cpus_per_task=0", "slurm.cpus_per_task: must be at least 1"),
@@ -125,7 +125,7 @@ def test_refused_in_one_line(config: Path, override: str, words: str, capsys: py
 
 
 def test_too_few_gpus_for_the_ranks(config: Path) -> None:
-    with pytest.raises(BadInput, match=r"slurm\.gpus_per_node: 4, but parallel\.ranks is 8"):
+    with pytest.raises(BadInput, match=r"slurm\.gpus_per_node: 4, but a node has 8 of parallel\.ranks"):
         load_train(config, ["parallel.card=h100", "parallel.ranks=8", "slurm.gpus_per_node=4"])
 
 
