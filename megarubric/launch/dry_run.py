@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megarubric.config import TrainConfig, dump
+from megarubric.launch.judge import engines_of, second_index
 from megarubric.launch.memory import WIDTH, StageMemory, model_size, stage_memory
 
 CONTEXT_GB = 3.0  # of a GPU: the CUDA context and NCCL's buffers
@@ -60,15 +61,18 @@ def _kinds(stages: Sequence[StageMemory]) -> list[StageMemory]:
 
 
 def _phases(c: TrainConfig, hf: Mapping[str, Any], stages: Sequence[StageMemory], device: float) -> list[str]:
-    """A GPU that a trainer rank, a policy engine and a judge engine share by turns."""
-    r, j = c.rollout, c.judge
+    """A GPU that a trainer rank, a policy engine and a judge engine share by turns. Engines of one kind have their own
+    GPUs, so two judges meet only where the second finds none left."""
+    r, own = c.rollout, engines_of(c)
     policy = model_size(hf).total * WIDTH[c.model.dtype] / r.tensor_parallel / 1e9
-    judge = j.gpu_memory_utilization if j.kind == "frozen" else 0.0
+    judges = 2 if len(own) > 1 and own[-1] == "second-judge" and second_index(c) == 0 else len(own[:1])
+    judge = judges * c.judge.gpu_memory_utilization
     standing = max(s.parameters for s in stages) / 1e9
     need = {
         "write and judge": (
             device * (r.gpu_memory_utilization + judge),
-            f"policy {r.gpu_memory_utilization:.0%} of the device" + (f", judge {judge:.0%}" if judge else ""),
+            f"policy {r.gpu_memory_utilization:.0%} of the device"
+            + (f", {'both judges' if judges > 1 else 'judge'} {judge:.0%}" if judges else ""),
         ),
         "train": (max(s.total for s in stages) / 1e9, "the fullest rank, engines asleep"),
         "exchange": (

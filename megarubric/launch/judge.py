@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megarubric.config import TrainConfig
 from megarubric.config.schema import is_url
 from megarubric.errors import BadInput
-from megarubric.judging.backends import backend_for_engine, backend_for_url, model_identity
+from megarubric.judging.backends import backend_for_engines, backend_for_url, model_identity
 from megarubric.judging.cache import JudgeCache
 from megarubric.judging.calibration import Calibration
 from megarubric.judging.judge import Judge, load_templates
@@ -51,7 +51,16 @@ def engines_of(c: TrainConfig) -> list[str]:
     if c.rollout.replay is not None or c.judge.kind == "none" or c.judge.replay_only:
         return []
     second = c.judge.second
-    return ["judge"] * (c.judge.kind == "frozen") + ["second-judge"] * bool(second and not is_url(second))
+    first = _first_names(c) if c.judge.kind == "frozen" else []
+    return first + ["second-judge"] * bool(second and not is_url(second))
+
+
+def second_index(c: TrainConfig) -> int:
+    """The place of the second judge's engine among those of the judges: one with GPUs of its own, if any are left."""
+    j = c.judge
+    first = j.engines if j.kind == "frozen" else 0
+    left = c.parallel.card is not None and (first + 1) * j.tensor_parallel <= c.parallel.ranks
+    return first if left else 0
 
 
 async def make_judge(c: TrainConfig, system: System) -> Judge:
@@ -74,11 +83,11 @@ async def make_judge(c: TrainConfig, system: System) -> Judge:
         elif j.kind == "policy":
             first = _policy(c, system)
         else:
-            first = _own_engine(c, "judge", _model(c), system)
-        if j.second:
-            second = (
-                _remote(c, j.second, system) if is_url(j.second) else _own_engine(c, "second-judge", j.second, system)
-            )
+            first = _own_engines(c, _first_names(c), _model(c), system)
+        if j.second and is_url(j.second):
+            second = _remote(c, j.second, system)
+        elif j.second:  # one engine: it is asked about the few that the first is unsure of
+            second = _own_engines(c, ["second-judge"], j.second, system, second_index(c))
     return assembled(first, second, settings, cache, Path(j.calibration) if j.calibration else None)
 
 
@@ -117,6 +126,11 @@ def _name(c: TrainConfig) -> str:
     return _model(c)
 
 
+def _first_names(c: TrainConfig) -> list[str]:
+    n = c.judge.engines
+    return ["judge"] if n == 1 else [f"judge-{i}" for i in range(n)]
+
+
 def _remote(c: TrainConfig, name: str, system: System) -> TierBackend:
     url, _, model = name.partition("#")
     backend = backend_for_url(
@@ -131,12 +145,15 @@ def _remote(c: TrainConfig, name: str, system: System) -> TierBackend:
     return backend
 
 
-def _own_engine(c: TrainConfig, name: str, model: str, system: System) -> TierBackend:
+def _own_engines(c: TrainConfig, names: list[str], model: str, system: System, index: int = 0) -> TierBackend:
+    """A judge on engines of these names, the first at place `index` among those of the judges."""
     config = plan.engine_config(c, "judge", model)
-    engine = system.start_engine(name, config)
-    system.judge_engines.append(engine)
+    engines = [system.start_engine(name, config, index + i) for i, name in enumerate(names)]
+    system.judge_engines += engines
     limit = config.max_model_len - 1
-    return backend_for_engine(engine, model, max_prompt_tokens=limit, dtype=c.model.dtype)
+    return backend_for_engines(
+        engines, model, max_prompt_tokens=limit, dtype=c.model.dtype, timeout_s=c.judge.timeout_s
+    )
 
 
 def _policy(c: TrainConfig, system: System) -> TierBackend:
@@ -144,9 +161,10 @@ def _policy(c: TrainConfig, system: System) -> TierBackend:
     that goes back to a checkpoint, never take one policy's judgements for another's."""
     config = plan.engine_config(c, "policy")
     before = model_identity(Path(c.model.path), c.model.dtype)
-    return backend_for_engine(
-        system.policies[0],
+    return backend_for_engines(
+        system.policies,
         c.model.path,
         identity=lambda: f"policy:{system.weights}:{c.model.dtype}" if system.weights else f"policy:{before}",
         max_prompt_tokens=config.max_model_len - 1,
+        timeout_s=c.judge.timeout_s,
     )

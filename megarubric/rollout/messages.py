@@ -113,7 +113,7 @@ class GenerateRequest:
 
     `temperature` 0 is greedy. Generation ends with the first token in `stop_token_ids`, which is kept. With a
     `json_schema` (the schema as JSON text; `EngineConfig.structured_output`) only tokens that go on a text of that
-    schema can be drawn.
+    schema can be drawn. `prefix` as in `TokenTierQuery`.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -123,6 +123,7 @@ class GenerateRequest:
     top_p: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     json_schema: str = ""
+    prefix: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +156,15 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class TokenTierQuery:
-    """Asks for the log-probabilities of `tier_token_ids` int32 [T] as the token after `prompt_ids` int32 [P]."""
+    """Asks for the log-probabilities of `tier_token_ids` int32 [T] as the token after `prompt_ids` int32 [P].
+
+    `prefix` stays on this side of the wire: prompts with one number (0: not known) begin alike for most of their length
+    and belong on one engine, which reads that beginning once.
+    """
 
     prompt_ids: NDArray[np.int32]
     tier_token_ids: NDArray[np.int32]
+    prefix: int = 0
 
 
 @dataclass(frozen=True, slots=True)

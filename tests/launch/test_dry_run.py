@@ -28,6 +28,20 @@ def test_shipped_configurations_fit_their_devices(name: str, capsys: pytest.Capt
     config = load_train(f"configs/{name}.yaml")
     assert out.count("trainer-") == config.parallel.ranks
     assert config.rollout.engines * config.rollout.tensor_parallel == config.parallel.ranks
+    if config.judge.kind == "frozen":  # no device is idle while answers are judged
+        assert config.judge.engines * config.judge.tensor_parallel == config.parallel.ranks
+        assert out.count("\njudge-") == config.judge.engines
+
+
+def test_two_judges_on_one_gpu_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    for engines, words in (
+        (2, "DOES NOT FIT: 31.0 GB too much  (policy 45% of the device, both judges 90%)"),
+        (1, "fits"),
+    ):
+        overrides = [f"judge.engines={engines}", "judge.second=Qwen3-30B-A3B"]
+        assert main(["train", "configs/qwen3_30b_a3b_stage1.yaml", *overrides, "--dry-run"]) == 0
+        line = next(n for n in capsys.readouterr().out.splitlines() if n.startswith("write and judge"))
+        assert words in line, line
 
 
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:

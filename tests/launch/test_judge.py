@@ -13,7 +13,7 @@ from megarubric.errors import BadInput
 from megarubric.judging.backends import model_identity
 from megarubric.judging.cache import JudgeCache
 from megarubric.judging.calibration import Calibration
-from megarubric.launch.judge import check_judge, engines_of, judge_use
+from megarubric.launch.judge import check_judge, engines_of, judge_use, second_index
 from megarubric.rubrics import parse_rubric
 
 RUBRIC = parse_rubric({"id": "r", "criteria": [{"id": "calm", "description": "Calm."}]}, "test")
@@ -89,6 +89,7 @@ def test_what_cannot_be_is_a_sentence(config: Path, overrides: list[str], reason
         ([], ["judge"]),
         (["judge.second=m"], ["judge", "second-judge"]),
         (["judge.second=http://h"], ["judge"]),
+        (["judge.engines=3", "judge.second=m"], ["judge-0", "judge-1", "judge-2", "second-judge"]),
         (["judge.kind=policy", "judge.second=m"], ["second-judge"]),
         (["judge.kind=url", "judge.url=http://h"], []),
         (["judge.cache=j.db", "judge.replay_only=true"], []),
@@ -97,6 +98,30 @@ def test_what_cannot_be_is_a_sentence(config: Path, overrides: list[str], reason
 )
 def test_the_engines_a_judge_starts(config: Path, overrides: list[str], engines: list[str]) -> None:
     assert engines_of(load_train(config, overrides)) == engines
+
+
+@pytest.mark.parametrize(
+    ("overrides", "index"),
+    [
+        (["judge.engines=2"], 2),
+        (["judge.engines=4"], 0),  # no GPU is left: it shares those of the first
+        (["judge.kind=policy"], 0),
+    ],
+)
+def test_a_second_judge_has_gpus_of_its_own_if_any_are_left(config: Path, overrides: list[str], index: int) -> None:
+    gpus = ["parallel.card=h100", "parallel.ranks=8", "judge.tensor_parallel=2", "judge.second=m"]
+    assert second_index(load_train(config, [*gpus, *overrides])) == index
+
+
+def test_judge_engines_that_cannot_be(config: Path) -> None:
+    gpus = ["parallel.card=h100", "parallel.ranks=8", "judge.tensor_parallel=4"]
+    for overrides, words in (
+        ([*gpus, "judge.engines=3"], "judge.engines: 3 on 4 GPUs each are more than the 8 of parallel.ranks"),
+        (["judge.engines=0"], "judge.engines: must be above 0"),
+        (["judge.engines=2", "judge.kind=policy"], "judge.engines: given, but judge.kind is policy"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            load_train(config, overrides)
 
 
 def test_a_verb_uses_the_same_judge(config: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,31 @@ import msgspec
 from megarubric.errors import BadInput
 from megarubric.judging.backends.engine import EngineBackend, TierEngine
 from megarubric.judging.backends.openai import OpenAIBackend, OpenAISettings, first_model
+from megarubric.judging.backends.pool import EnginePool
 
 Dtype = Literal["float32", "bfloat16"]
 _WHOLE_FILE = 256 << 20  # larger weight files are sampled
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
+
+
+def backend_for_engines(
+    engines: Sequence[TierEngine],
+    model_dir: str | Path,
+    *,
+    identity: str | Callable[[], str] | None = None,
+    max_prompt_tokens: int | None = None,
+    dtype: Dtype | None = None,
+    timeout_s: float = 120.0,
+) -> EngineBackend:
+    """A judge on one or several engines that serve the same `model_dir`; the rest as in `backend_for_engine`.
+
+    `timeout_s` is what the caller gives a call. Of several engines each has less than half of it for its part, so that
+    there is time to ask another in the place of one that fails.
+    """
+    engine = engines[0] if len(engines) == 1 else EnginePool(engines, 0.45 * timeout_s)
+    backend = backend_for_engine(engine, model_dir, identity=identity, max_prompt_tokens=max_prompt_tokens, dtype=dtype)
+    backend.concurrency *= len(engines)  # so many more calls keep them all busy
+    return backend
 
 
 def backend_for_engine(

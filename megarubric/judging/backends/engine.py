@@ -29,7 +29,8 @@ class TierEngine(Protocol):
 
 
 class EngineBackend:
-    """`engine` is an `EngineClient`; `tokenizer` the judge model's (transformers fast or `tokenizers.Tokenizer`).
+    """`engine` is an `EngineClient`, or an `EnginePool` of several; `tokenizer` the judge model's (transformers fast or
+    `tokenizers.Tokenizer`).
 
     `identity` names the model and its weights; pass a callable for a judge whose weights change (the policy itself).
     `max_prompt_tokens` is the engine's context length less one: longer prompts are answered with an error, unasked.
@@ -37,7 +38,6 @@ class EngineBackend:
     """
 
     grain = 64  # the engine batches across calls; a call is only as large as its time-out should cover
-    concurrency = 16
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class EngineBackend:
         max_prompt_tokens: int | None = None,
         schemas: bool = False,
     ) -> None:
+        self.concurrency = 16
         self._engine = engine
         self._encoder = PromptEncoder(tokenizer)
         self._identity = identity
@@ -72,7 +73,7 @@ class EngineBackend:
                 replies[i] = TierReply(error=reason)
                 continue
             due.append(i)
-            asked.append(TokenTierQuery(prompt_ids=prompt, tier_token_ids=self._tier_token_ids(query.tiers)))
+            asked.append(TokenTierQuery(prompt, self._tier_token_ids(query.tiers), _prefix(query)))
         rows = await self._engine.tier_logprobs(asked) if asked else []
         self._count([query.prompt_ids for query, row in zip(asked, rows) if row.logprobs is not None])
         if len(rows) != len(due):
@@ -95,6 +96,7 @@ class EngineBackend:
                 temperature=q.temperature,
                 stop_token_ids=stop,
                 json_schema=msgspec.json.encode(q.schema).decode() if self._schemas and q.schema is not None else "",
+                prefix=_prefix(q),
             )
             for prompt, q in zip(prompts, queries)
         ]
@@ -123,3 +125,8 @@ class EngineBackend:
                 raise BadInput("tokenizer", " ".join(tiers), "two tier signs share one token")
             self._tier_ids[tiers] = np.array(ids, dtype=np.int32)
         return self._tier_ids[tiers]
+
+
+def _prefix(query: TierQuery | TextQuery) -> int:
+    """Names what the prompt shares with the other criteria of its answer; never 0."""
+    return hash(tuple(part.text for part in query.parts if part.shared)) or 1
