@@ -145,7 +145,7 @@ def finish(trainer: Trainer, started: Save, *, wait: bool) -> int | None:
         partial.rename(path)
         sync(path.parent)
 
-    with _or_nothing(trainer, partial):
+    with _or_nothing(trainer, partial), trainer.residence.connected():  # Megatron ends a save on the device
         with _together(trainer, path):
             if started.thread is not None:
                 started.thread.join()

@@ -38,6 +38,7 @@ from megarubric.megatron.optimizer import AdamSettings, TrainedModel  # noqa: E4
 from megarubric.megatron.packing import MicroBatch, PackSettings, pack, plan  # noqa: E402
 from megarubric.megatron.pieces import model_pieces  # noqa: E402
 from megarubric.megatron.replay import RoutingReplay  # noqa: E402
+from megarubric.megatron.residence import Residence  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -107,6 +108,7 @@ class Trainer:
         self.replay = RoutingReplay(self.model.chunks, recompute=config.recompute)
         self.pieces = model_pieces(self.model.chunks, self.hf, self.layout)
         self.manifest = self.family.manifest(self.hf)
+        self.residence = Residence(self.model, self.device)
         self.steps = 0
         self._saving: checkpoint.Save | None = None
         self._reference = [_on_host(p) for p in self.model.parameters()] if config.reference else None
@@ -407,29 +409,17 @@ class Trainer:
         weights.export_hf(self.model.chunks, path, self.hf, self.layout, carry_from=self.config.model_dir)
 
     def offload(self, parameters: bool = False) -> None:
-        """Drop gradients and move optimizer state to host memory, with `parameters` those as well, so that engines on
-        the same GPU can use what they took. Views of parameters stay valid: storages are emptied and filled again."""
-        if self.device.type == "cuda":
-            for chunk in self.model.chunks:
-                chunk.offload_grad_buffers()
-                if parameters:
-                    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                        buffer.offload_to_cpu(move_params=True, move_grads=False)
-            self.model.optimizer.offload_to_cpu()
-            torch.cuda.empty_cache()
+        """Leave the device to engines; see `Residence.offload`."""
+        self.residence.offload(parameters)
 
     def onload(self) -> None:
         """Undo `offload`."""
-        if self.device.type == "cuda":
-            for chunk in self.model.chunks:
-                for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                    buffer.reload_from_cpu(move_params=True, move_grads=False)
-                chunk.restore_grad_buffers()
-            self.model.optimizer.restore_from_cpu()
+        self.residence.onload()
 
     def close(self) -> None:
         self.sender.close()
-        parallel.shutdown()
+        if not self.residence.suspended:  # what is suspended cannot be destroyed, and ends with the process
+            parallel.shutdown()
 
 
 def _head(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, rows: Tensor, **_: Any) -> Tensor:
