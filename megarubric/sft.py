@@ -13,7 +13,10 @@ import numpy as np
 
 from megarubric.config import SftConfig, dump, load_sft
 from megarubric.errors import BadInput, Interrupted, ProcessDied
-from megarubric.launch import plan
+from megarubric.launch import hosts, plan
+from megarubric.launch.agent import run_agent
+from megarubric.launch.hosts import Place
+from megarubric.launch.remote import meeting
 from megarubric.launch.rundir import RunDir, claim
 from megarubric.launch.signals import StopFlag
 from megarubric.launch.supervisor import Supervisor
@@ -37,9 +40,13 @@ class SftState(msgspec.Struct, kw_only=True):
 def run_sft(path: str, overrides: Sequence[str], *, fresh: bool) -> int:
     """The verb. Exit status 0 done, 3 interrupted with state saved."""
     c = load_sft(path, overrides)
+    plan.check_card(c.parallel, path)
     plan.check_layout(plan.read_hf_config(c.model.path), c.parallel, path)
+    place = hosts.here(c.parallel.nodes)
+    if place.node > 0:
+        return run_agent(Path(c.runs_dir) / c.name, place, c.parallel.interface)
     with claim(c.runs_dir, c.name, fresh) as dir:
-        return asyncio.run(_run(c, dir))
+        return asyncio.run(_run(c, dir, place))
 
 
 def _read(paths: Sequence[str], tokenizer: ChatTokenizer, max_tokens: int) -> list[Row]:
@@ -52,12 +59,17 @@ def _read(paths: Sequence[str], tokenizer: ChatTokenizer, max_tokens: int) -> li
     return rows
 
 
-async def _run(c: SftConfig, dir: RunDir) -> int:
+async def _run(c: SftConfig, dir: RunDir, place: Place) -> int:
     tokenizer = ChatTokenizer(Path(c.model.path))
     rows = _read(c.data.train, tokenizer, c.data.max_tokens)
     heldout = _read(c.data.heldout, tokenizer, c.data.max_tokens)
     dir.write_config(dump(c))
-    system = System(Supervisor(dir.logs), plan.socket_dir(dir.path))
+    async with meeting(dir.path, place, c.parallel.interface) as fleet:
+        system = System(Supervisor(dir.logs), plan.socket_dir(dir.path), fleet)
+        return await _train(c, dir, system, rows, heldout)
+
+
+async def _train(c: SftConfig, dir: RunDir, system: System, rows: Sequence[Row], heldout: Sequence[Row]) -> int:
     log: MetricsLog | None = None
     stop = StopFlag()
     try:

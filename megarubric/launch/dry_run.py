@@ -9,6 +9,7 @@ from typing import Any
 from megarubric.config import TrainConfig, dump
 from megarubric.launch.judge import engines_of, second_index
 from megarubric.launch.memory import WIDTH, StageMemory, model_size, stage_memory
+from megarubric.launch.network import received_bytes
 
 CONTEXT_GB = 3.0  # of a GPU: the CUDA context and NCCL's buffers
 
@@ -17,6 +18,7 @@ def describe(config: TrainConfig, hf: Mapping[str, Any], commands: Sequence[tupl
     """Everything a person checks before spending machine time."""
     p, size = config.parallel, model_size(hf)
     dp = p.ranks // (p.tp * p.pp * p.cp)
+    on_hosts = f" on {p.nodes} hosts" if p.nodes > 1 else ""
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     lines = [
         "# resolved configuration",
@@ -24,11 +26,13 @@ def describe(config: TrainConfig, hf: Mapping[str, Any], commands: Sequence[tupl
         "",
         "# model and layout",
         f"parameters {size.total / 1e6:,.1f} M, active a token {size.active / 1e6:,.1f} M",
-        f"{p.ranks} trainer ranks = dp {dp} x tp {p.tp} x pp {p.pp} x cp {p.cp}; experts: ep {p.ep} x etp {p.etp}",
+        f"{p.ranks} trainer ranks{on_hosts} = dp {dp} x tp {p.tp} x pp {p.pp} x cp {p.cp};"
+        f" experts: ep {p.ep} x etp {p.etp}",
         f"a step: {config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples"
         f" = {samples} answers, {config.algorithm.updates_per_step} optimizer step(s)",
         "",
         *memory_table(config, hf),
+        *_network(config, hf),
         "",
         "# commands",
         *(f"{name}: {shlex.join(argv)}" for name, argv in commands),
@@ -53,6 +57,17 @@ def memory_table(c: TrainConfig, hf: Mapping[str, Any]) -> list[str]:
     if c.parallel.device_gb is None:
         return [*lines, f"exchange buckets {_buckets_gb(c):.2f} GB in shared memory, once a host"]
     return [*lines, "", *_phases(c, hf, stages, c.parallel.device_gb)]
+
+
+def _network(c: TrainConfig, hf: Mapping[str, Any]) -> list[str]:
+    if c.parallel.nodes == 1:
+        return []
+    most = max(received_bytes(hf, c.parallel, c.model.dtype))
+    if not most:
+        return ["between hosts    no weights: the trainer ranks of each host hold a whole model"]
+    share = most / (model_size(hf).total * WIDTH[c.model.dtype])
+    changed = ", or what of it changed" if c.exchange.delta else ""
+    return [f"between hosts  {most / 1e9:8.2f} GB to a host with every version{changed} ({share:.0%} of the weights)"]
 
 
 def _kinds(stages: Sequence[StageMemory]) -> list[StageMemory]:

@@ -106,7 +106,7 @@ def stage_memory(hf: Mapping[str, Any], p: Parallel, t: Train, dtype: str, kerne
     shapes = family.manifest(config)
     out = []
     for stage in range(p.pp):
-        layers = _layers_of(stage, config["num_hidden_layers"], p)
+        layers = layers_of(stage, config["num_hidden_layers"], p)
         dense = _outside(family, config, stage, p)
         experts = 0
         for layer in layers:
@@ -139,7 +139,7 @@ def stage_memory(hf: Mapping[str, Any], p: Parallel, t: Train, dtype: str, kerne
     return out
 
 
-def _layers_of(stage: int, layers: int, p: Parallel) -> list[int]:
+def layers_of(stage: int, layers: int, p: Parallel) -> list[int]:
     """Decoder layers of a stage: one run of them, or one for each of its `vpp` chunks."""
     chunks = p.vpp or 1
     size = layers // (p.pp * chunks)

@@ -16,7 +16,7 @@ from megarubric.evaluate.summary import Summary
 from megarubric.launch import dry_run, hosts, plan
 from megarubric.launch.agent import run_agent
 from megarubric.launch.hosts import Place
-from megarubric.launch.judge import check_judge, engines_of
+from megarubric.launch.judge import check_judge, engines_of, second_index
 from megarubric.launch.rundir import RunDir, RunState, claim
 from megarubric.launch.signals import StopFlag
 from megarubric.launch.system import System, running
@@ -219,6 +219,8 @@ def fit_of(c: TrainConfig) -> dict[str, str]:
 def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool) -> int:
     """The verb. Exit status 0 done, 3 interrupted with state saved."""
     c = load_train(path, overrides)
+    if not dry_run:
+        plan.check_card(c.parallel, path)
     there = not (dry_run and c.model.architecture) or Path(c.model.path, "config.json").exists()
     hf = plan.read_hf_config(c.model.path) if there else plan.read_config(c.model.architecture or "")[0]
     plan.check_layout(hf, c.parallel, path)
@@ -242,18 +244,21 @@ def _dry_run(c: TrainConfig, hf: dict[str, object], where: str, there: bool) -> 
         check_judge(c, where, Prompts(c).rubrics())
     else:
         terminal.say(f"{c.model.path}: not there; model.architecture is read instead, prompts and judge are unchecked")
-    commands = [
-        (f"trainer-{rank}", plan.command("trainer", run_dir / "logs/trainer.json", "ipc://trainer"))
-        for rank in range(c.parallel.ranks)
-    ]
+    nodes, share = c.parallel.nodes, c.parallel.ranks_per_node
+
+    def named(name: str, host: int) -> str:
+        return name if nodes == 1 else f"host {host}, {name}"
+
+    def engine(name: str, index: int) -> tuple[str, Sequence[str]]:
+        host = index % nodes
+        return named(name, host), plan.command("engine", run_dir / f"logs/{name}.json", f"ipc://{name}")
+
+    worker = plan.command("trainer", run_dir / "logs/trainer.json", "ipc://trainer")
+    commands = [(named(f"trainer-{rank}", rank // share), worker) for rank in range(c.parallel.ranks)]
     if c.rollout.replay is None:
-        commands += [
-            (f"policy-{i}", plan.command("engine", run_dir / f"logs/policy-{i}.json", f"ipc://policy-{i}"))
-            for i in range(c.rollout.engines)
-        ]
-    commands += [
-        (name, plan.command("engine", run_dir / f"logs/{name}.json", f"ipc://{name}")) for name in engines_of(c)
-    ]
+        commands += [engine(f"policy-{i}", i) for i in range(c.rollout.engines)]
+    for i, name in enumerate(engines_of(c)):
+        commands.append(engine(name, second_index(c) if name == "second-judge" else i))
     print(dry_run.describe(c, hf, commands))
     return 0
 
