@@ -2,7 +2,7 @@
 
 What lives for the whole run: parameters, gradients (a float32 buffer), the optimizer's state (shared out over the
 data-parallel ranks by the distributed optimizer), and what the micro-batches in flight keep for their backward pass.
-Parameters are counted exactly, stage by stage (tests/launch/test_memory.py compares with Megatron's own modules on the
+Parameters are counted exactly, stage by stage (tests/megatron/test_memory.py compares with Megatron's own modules on the
 meta device, at the shipped configurations' full size). Activations are counted in tensors a token: for the modules used
 without Transformer Engine they are what autograd was seen to keep; for Transformer Engine's they follow from what its
 fused modules save, and have not been measured. CUDA context, NCCL and fragmentation come on top.
