@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "rollout"))
 from tiny_moe import log_softmax, make_model
 
 from megarubric.errors import ProcessDied
-from megarubric.judging.backends import backend_for_engine, load_tokenizer
+from megarubric.judging.backends import backend_for_engines, load_tokenizer
 from megarubric.judging.judge import Judge
 from megarubric.judging.modes import Due, Way, tier_query
 from megarubric.judging.opening import JudgeUse
 from megarubric.judging.prompt import PromptEncoder, load_template
 from megarubric.judging.settings import JudgeSettings
-from megarubric.judging.types import JudgeItem
+from megarubric.judging.types import JudgeItem, Judgement
 from megarubric.judging.verb import run_score
 from megarubric.launch.plan import quiet_environment, write_json
 from megarubric.launch.supervisor import last_words
@@ -54,7 +54,8 @@ LONG = "The boats were in before noon, and two of them had lost their masts. "
 class Served:
     """An engine process that serves a random tiny model, and its client."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        directory.mkdir()
         self.model = make_model(directory / "model", seed=3)
         config = EngineConfig(
             model_dir=str(self.model), role="judge", dtype="float32", max_model_len=768, max_num_seqs=32, block_size=32,
@@ -68,14 +69,12 @@ class Served:
             environment = {**os.environ, **quiet_environment(1), "HF_HUB_OFFLINE": "1"}
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
         self.client = EngineClient(endpoint, peer_status=self.status)
-        self._runner = asyncio.Runner()
-        self.run = self._runner.run
+        self.run = run
 
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
         self.run(self.client.close())
-        self._runner.close()
 
     def status(self) -> str | None:
         code = self.process.poll()
@@ -83,18 +82,29 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with tempfile.TemporaryDirectory(prefix="mr-") as directory:
-        served = Served(Path(directory))
-        try:
-            served.run(served.client.ready(timeout_s=300))
-            yield served
-        finally:
-            served.stop()
+def pair() -> Iterator[list[Served]]:
+    """Two engines with the same weights, started at the same time."""
+    with (
+        tempfile.TemporaryDirectory(prefix="mr-") as directory,
+        asyncio.Runner() as runner,
+        contextlib.ExitStack() as stack,
+    ):
+        both = []
+        for name in "ab":
+            both.append(Served(Path(directory) / name, runner.run))
+            stack.callback(both[-1].stop)
+        for served in both:
+            runner.run(served.client.ready(timeout_s=300))
+        yield both
 
 
-def judge_with(served: Served, **settings: Any) -> Judge:
-    backend = backend_for_engine(served.client, served.model)
+@pytest.fixture(scope="module")
+def served(pair: list[Served]) -> Served:
+    return pair[0]
+
+
+def judge_with(*served: Served, **settings: Any) -> Judge:
+    backend = backend_for_engines([s.client for s in served], served[0].model)
     return Judge(backend, JudgeSettings(**({"template": "tier_compact", "min_tier_mass": 0.0} | settings)))
 
 
@@ -151,6 +161,38 @@ def test_the_same_question_has_the_same_answer_alone_and_in_company(served: Serv
         assert j.score is not None and math.isclose(j.score, together[name].score or 0.0, abs_tol=1e-5)
 
 
+def test_two_engines_judge_as_one_does_and_read_each_answer_once(pair: list[Served]) -> None:
+    """To the rounding that a batch's company makes on this device; each engine's share is not read by the other."""
+    items = [JudgeItem(RUBRIC, "Tell.", f"{n} boats. {LONG * (1 + n % 7)}") for n in range(21)]
+
+    async def computed() -> list[int]:
+        return [(await served.client.stats()).prefill_tokens for served in pair]
+
+    async def main() -> tuple[list[int], list[int]]:
+        for served in pair:
+            await served.client.reset_prefix_cache()
+        before = await computed()
+        rows["two"] = await two.judge(items)
+        between = await computed()
+        await pair[0].client.reset_prefix_cache()
+        rows["one"] = await one.judge(items)
+        after = await computed()
+        return [b - a for a, b in zip(before, between)], [b - a for a, b in zip(between, after)]
+
+    rows: dict[str, list[dict[str, Judgement]]] = {}
+    one, two = judge_with(pair[0]), judge_with(*pair)
+    shares, whole = pair[0].run(main())
+    for row, expected in zip(rows["two"], rows["one"], strict=True):
+        assert row.keys() == expected.keys() and all(j.read for j in row.values())
+        for name, j in row.items():
+            assert j.score == pytest.approx(expected[name].score, abs=1e-5)
+            assert j.tier_mass == pytest.approx(expected[name].tier_mass, rel=1e-5)
+    assert whole[1] == 0 and min(shares) > 0.3 * sum(shares)
+    assert sum(shares) <= 1.05 * whole[0]  # but for what all prompts begin with, which each reads for itself
+    told = [two.metrics(), one.metrics()]
+    assert told[0] == told[1] and told[0]["judge/asked"] == 63.0 and told[0]["judge/unread"] == 0.0
+
+
 def test_score_judges_with_a_model_directory(served: Served, tmp_path: Path) -> None:
     @contextlib.asynccontextmanager
     async def connect(model: Path, device: str) -> AsyncIterator[EngineClient]:
@@ -177,8 +219,10 @@ def test_score_judges_with_a_model_directory(served: Served, tmp_path: Path) -> 
     assert out.read_bytes() == first  # no judge at all, the same bytes
 
 
-def test_a_dead_engine_is_reported_and_not_masked(served: Served) -> None:
+def test_a_dead_engine_is_reported_and_not_masked(served: Served, pair: list[Served]) -> None:
     served.process.kill()
     served.process.wait()
     with pytest.raises(ProcessDied):
         served.run(judge_with(served).judge([JudgeItem(RUBRIC, "Write.", "A last one.")]))
+    with pytest.raises(ProcessDied):
+        served.run(judge_with(*pair).judge([JudgeItem(RUBRIC, "Write.", f"A last one, {n}.") for n in range(2)]))
