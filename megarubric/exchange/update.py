@@ -27,13 +27,16 @@ class ExchangeError(MegarubricError):
 
 
 class ExchangeReport(msgspec.Struct, frozen=True):
-    """`nbytes` of weights went to each engine in `seconds`; `checksum` names them."""
+    """`nbytes` of weights went to each engine in `seconds`; `checksum` names them. `network_bytes` went between hosts,
+    in place of `network_raw_bytes` without deltas (0 on one host)."""
 
     version: int
     nbytes: int
     buckets: int
     seconds: float
     checksum: str
+    network_bytes: int = 0
+    network_raw_bytes: int = 0
 
 
 async def exchange(
@@ -41,11 +44,17 @@ async def exchange(
 ) -> ExchangeReport:
     """Put the trainer's present weights in service on all `engines` as `version`.
 
-    Raises ExchangeError when `verify` finds an engine whose checksum is not the trainer's; RemoteError and ProcessDied
-    pass through after the update was aborted.
+    Every engine reads the segments of its own host. Raises ExchangeError when `verify` finds an engine whose checksum
+    is not the trainer's, or an engine is on a host without trainer ranks; RemoteError and ProcessDied pass through
+    after the update was aborted.
     """
     began = time.perf_counter()
     plan = await trainer.begin_publish(version)
+    for number, engine in enumerate(engines):
+        if engine.host >= len(plan.segments):
+            raise ExchangeError(
+                f"engine {number} is on host {engine.host}, trainer ranks on {len(plan.segments)} hosts"
+            )
     count = len(plan.table.buckets)
     try:
         await asyncio.gather(*(e.begin_update(version, plan.table.manifest) for e in engines))
@@ -54,10 +63,12 @@ async def exchange(
             filled = await trainer.fill_bucket(version, index)
             if loading is not None:
                 await loading
-            loading = asyncio.gather(*(e.load_bucket(version, filled.bucket) for e in engines))
+            here = [msgspec.structs.replace(filled.bucket, segment=pair[index % 2]) for pair in plan.segments]
+            loading = asyncio.gather(*(e.load_bucket(version, here[e.host]) for e in engines))
         if loading is not None:
             await loading
-        checksum = await trainer.end_publish(version)
+        ended = await trainer.end_publish(version)
+        checksum = ended.checksum
         await asyncio.gather(*(e.finish_update(version, checksum) for e in engines))
     except BaseException:
         for engine in engines:
@@ -72,4 +83,5 @@ async def exchange(
                     f"engine {number} serves version {served.version} with checksum {served.checksum}, "
                     f"the trainer published version {version} with {checksum}"
                 )
-    return ExchangeReport(version, plan.table.payload_bytes, count, time.perf_counter() - began, checksum)
+    seconds, nbytes = time.perf_counter() - began, plan.table.payload_bytes
+    return ExchangeReport(version, nbytes, count, seconds, checksum, ended.network_bytes, ended.network_raw_bytes)

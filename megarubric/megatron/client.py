@@ -50,10 +50,10 @@ class TrainerClient:
         """Have bucket `index` written; says that nobody reads bucket index - 2 any more."""
         return await self._ask(m.FillBucket(version, index))
 
-    async def end_publish(self, version: int) -> str:
-        """The version's checksum, after its last bucket."""
+    async def end_publish(self, version: int) -> m.WeightsChecksum:
+        """The version's checksum and what went between hosts, after its last bucket."""
         reply: m.WeightsChecksum = await self._ask(m.EndPublish(version))
-        return reply.checksum
+        return reply
 
     async def publish(self, version: int) -> AsyncIterator[m.Filled]:
         """All buckets in turn; the consumer is done with a bucket when it asks for the one after the next."""

@@ -356,11 +356,11 @@ class Trained(msgspec.Struct, frozen=True, tag=True):
 
 
 class PublishPlan(msgspec.Struct, frozen=True, tag=True):
-    """The buckets that will be written, in order, and the two segments they go to in turn."""
+    """The buckets that will be written, in order, and the two segments of each host they go to in turn."""
 
     version: int
     table: BucketTable
-    segments: tuple[str, str]
+    segments: tuple[tuple[str, str], ...]
     segment_bytes: int
 
 
@@ -373,11 +373,14 @@ class Filled(msgspec.Struct, frozen=True, tag=True):
 
 
 class WeightsChecksum(msgspec.Struct, frozen=True, tag=True):
-    """`WeightDigest` over all tensors, 32 hex digits."""
+    """`WeightDigest` over all tensors, 32 hex digits. After a publish: bytes that went between hosts for it, and how
+    many they would have been without deltas."""
 
     checksum: str
 
 
+    network_bytes: int = 0
+    network_raw_bytes: int = 0
 class CheckpointSaved(msgspec.Struct, frozen=True, tag=True):
     """`nbytes` is 0 while the save goes on in the background."""
 

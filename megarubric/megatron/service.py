@@ -79,7 +79,7 @@ class Commands:
     def _begin_publish(self, body: m.BeginPublish, frames: Any) -> tuple[m.PublishPlan, Frames]:
         sender = self.trainer.sender
         sender.begin(body.version)
-        plan = m.PublishPlan(body.version, sender.table, sender.segment_names, sender.table.segment_bytes)
+        plan = m.PublishPlan(body.version, sender.table, sender.segments, sender.table.segment_bytes)
         return plan, Frames()
 
     def _fill_bucket(self, body: m.FillBucket, frames: Any) -> tuple[Any, Frames]:
@@ -87,7 +87,9 @@ class Commands:
         return (None if bucket is None else m.Filled(body.index, bucket, self._seconds())), Frames()
 
     def _end_publish(self, body: m.EndPublish, frames: Any) -> tuple[m.WeightsChecksum, Frames]:
-        return m.WeightsChecksum(self.trainer.sender.end(body.version)), Frames()
+        sender = self.trainer.sender
+        checksum = sender.end(body.version)
+        return m.WeightsChecksum(checksum, sender.network_bytes, sender.network_raw_bytes), Frames()
 
     def _checksum(self, body: m.Checksum, frames: Any) -> tuple[m.WeightsChecksum, Frames]:
         return m.WeightsChecksum(self.trainer.sender.checksum()), Frames()

@@ -5,6 +5,7 @@ All ranks make the same calls with the same arguments. What a call returns is co
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from megarubric.config import fp8
 from megarubric.errors import BadInput, MegarubricError
+from megarubric.exchange.rpc import CurveKeys
 from megarubric.exchange.sender import Sender
 from megarubric.megatron import cpu
 
@@ -74,8 +76,9 @@ class _Work:
 class Trainer:
     """See the module. Making one joins torch.distributed (RANK, WORLD_SIZE, ... from the environment)."""
 
-    def __init__(self, config: WorkerConfig) -> None:
-        """Build the model and load its weights. Raises BadInput for a layout, config or checkpoint that cannot run."""
+    def __init__(self, config: WorkerConfig, keys: CurveKeys | None = None) -> None:
+        """Build the model and load its weights; `keys`, the run's, are needed on several hosts. Raises BadInput for a
+        layout, config or checkpoint that cannot run."""
         torch.set_num_threads(config.threads)
         self.config = config
         self.layout = parallel.ParallelLayout(
@@ -127,10 +130,14 @@ class Trainer:
             self.manifest,
             self.dtype,
             self.pieces,
-            rank=self.rank,
+            group=self.control,
             shm_prefix=config.shm_prefix,
             bucket_bytes=config.bucket_bytes,
-            barrier=self.barrier,
+            hosts=config.hosts,
+            keys=keys,
+            address=os.environ.get("MEGARUBRIC_ADDRESS", "127.0.0.1"),
+            delta=config.exchange_delta,
+            timeout_s=config.timeout_s,
         )
 
     def barrier(self) -> None:

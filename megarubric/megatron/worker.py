@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="megarubric.megatron.worker", description="one rank of the trainer")
     parser.add_argument("--config", type=Path, required=True, help="WorkerConfig as JSON")
     parser.add_argument("--endpoint", required=True, help="where rank 0 answers the controller")
-    parser.add_argument("--keys", type=Path, help="CURVE key pair of the run, for a tcp:// endpoint")
+    parser.add_argument("--keys", type=Path, help="CURVE key pair of the run, for tcp:// and several hosts")
     args = parser.parse_args(argv)
     die_with_parent()
     set_title(f"megarubric trainer rank {os.environ.get('RANK', '0')}")
@@ -62,9 +62,10 @@ def _work(config: WorkerConfig, endpoint: str, keys: Path | None) -> None:
     trainer: Trainer | None = None
     server: Server[Any] | None = None
     try:
-        trainer = Trainer(config)
+        pair = CurveKeys.load(keys) if keys else None
+        trainer = Trainer(config, pair)
         if trainer.rank == 0:
-            server = Server(endpoint, Request, CurveKeys.load(keys) if keys else None)
+            server = Server(endpoint, Request, pair)
             service.serve(trainer, server)
         else:
             service.follow(trainer)
