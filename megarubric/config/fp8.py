@@ -24,16 +24,16 @@ _SM = {"delayed": 89, "current": 89, "blockwise": 90, "mxfp8": 100}
 _ONLY_SM = {"blockwise": 90}  # Blackwell emulates block scaling by MXFP8, whose scales differ: ask for mxfp8 there
 
 
-def refuse(recipe: Recipe, sm: int | None, dtype: str, bf16_layers: int) -> str | None:
-    """Why a card of architecture `sm` (90: Hopper; None: a CPU) cannot train so, or None."""
+def refuse(recipe: Recipe, sm: int | None, dtype: str, bf16_layers: int, card: str = "parallel.card") -> str | None:
+    """Why a card of architecture `sm` (90: Hopper; None: a CPU) cannot train so, or None. `card` names it."""
     if recipe == "none":
         return None
     if sm is None:
         return f"{recipe} needs a GPU, and parallel.card names none"
     if sm < _SM[recipe]:
-        return f"{recipe} needs an sm_{_SM[recipe]} card or newer, parallel.card is sm_{sm}"
+        return f"{recipe} needs an sm_{_SM[recipe]} card or newer, {card} is sm_{sm}"
     if recipe in _ONLY_SM and sm != _ONLY_SM[recipe]:
-        return f"{recipe} is for sm_{_ONLY_SM[recipe]} cards, parallel.card is sm_{sm}: use mxfp8"
+        return f"{recipe} is for sm_{_ONLY_SM[recipe]} cards, {card} is sm_{sm}: use mxfp8"
     if dtype != "bfloat16":
         return f"{recipe} needs model.dtype bfloat16, is {dtype}"
     if recipe == "delayed" and bf16_layers:

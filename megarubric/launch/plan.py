@@ -75,6 +75,7 @@ def worker_config(
         eps=t.eps,
         grad_clip=t.grad_clip,
         optimizer_offload=t.optimizer_offload,
+        card=p.card,
         fp8=t.fp8,
         fp8_bf16_layers=t.fp8_bf16_layers,
         reference=reference,
@@ -169,6 +170,12 @@ def quiet_environment(threads: int) -> dict[str, str]:
 def on_gpu() -> bool:
     """Whether this host has a GPU that engines and trainer ranks will use (vLLM's CPU build never does)."""
     return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
+
+
+def check_card(p: Parallel, where: object) -> None:
+    """Refuse a run that is meant for a GPU on a host that has none. Raises BadInput."""
+    if p.card and not on_gpu():
+        raise BadInput(where, "parallel.card", f"is {p.card}, and this host has no GPU; --dry-run plans without one")
 
 
 def engine_devices(index: int, tensor_parallel: int) -> dict[str, str]:

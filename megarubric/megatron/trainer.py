@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megarubric.config import fp8
-from megarubric.errors import BadInput, MegarubricError
+from megarubric.errors import MegarubricError
 from megarubric.exchange.rpc import CurveKeys
 from megarubric.exchange.sender import Sender
 from megarubric.megatron import cpu
@@ -30,7 +30,7 @@ cpu.ensure()  # before the megatron imports below
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
-from megarubric.megatron import checkpoint, parallel, weights  # noqa: E402
+from megarubric.megatron import checkpoint, device, parallel, weights  # noqa: E402
 from megarubric.megatron.families import family_of  # noqa: E402
 from megarubric.megatron.logprob import token_logprobs  # noqa: E402
 from megarubric.megatron.loss import LossSums, TokenInputs, policy_loss  # noqa: E402
@@ -79,6 +79,7 @@ class Trainer:
     def __init__(self, config: WorkerConfig, keys: CurveKeys | None = None) -> None:
         """Build the model and load its weights; `keys`, the run's, are needed on several hosts. Raises BadInput for a
         layout, config or checkpoint that cannot run."""
+        device.check(config)
         torch.set_num_threads(config.threads)
         self.config = config
         self.layout = parallel.ParallelLayout(
@@ -93,8 +94,6 @@ class Trainer:
         # Commands and statistics go over gloo on the host on any machine, apart from the model's collectives.
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_s))
 
-        if config.fp8 != "none" and self.device.type != "cuda":
-            raise BadInput("trainer", "fp8", f"{config.fp8} needs a GPU, and this rank has none")
         quantised = fp8_fields(config.fp8, config.fp8_bf16_layers)
         recompute: Recompute = "full" if config.recompute else "none"
         models = build_model(self.hf, self.layout, dtype=self.dtype, recompute=recompute, **quantised)
@@ -102,8 +101,6 @@ class Trainer:
             weights.load_hf(models, config.model_dir, self.layout)
         else:
             weights.init_weights(models, self.hf, self.layout, config.seed)
-        if config.optimizer_offload and not torch.cuda.is_available():
-            raise BadInput("trainer", "optimizer_offload", "the model is in the host's memory already: there is no GPU")
         adam = AdamSettings(
             config.beta1, config.beta2, config.eps, config.weight_decay, config.grad_clip, config.optimizer_offload
         )
