@@ -1,4 +1,4 @@
-"""Runs functions on real gloo ranks. Started once a test session by conftest.py, which speaks JSON lines with it.
+"""Runs functions on real gloo ranks. Started once a test session by tests/conftest.py, which speaks JSON lines with it.
 
 Importing torch and Megatron takes several seconds on a busy machine; this process does it once and forks the ranks of
 each job from there. Ranks die with this process, and this process with pytest.
