@@ -183,6 +183,10 @@ class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def ranks_per_node(self) -> int:
         return self.ranks // self.nodes
 
+    def places(self, gpus: int) -> int:
+        """How many engines on `gpus` GPUs each there is room for: none is on two hosts."""
+        return self.ranks_per_node // gpus * self.nodes
+
     @property
     def layout(self) -> ParallelLayout:
         """The degrees as Megatron sees them."""
@@ -329,9 +333,8 @@ def check_optimizer(t: Train) -> str | None:
 
 
 def check_judge(j: Judge) -> str | None:
-    wrong = _positive(j, "judge", "concurrency", "timeout_s", "max_model_len", "max_tokens", "draws")
-    wrong = wrong or _positive(j, "judge", "engines", "tensor_parallel")
-    if wrong:
+    counts = ("engines", "tensor_parallel", "concurrency", "timeout_s", "max_model_len", "max_tokens", "draws")
+    if wrong := _positive(j, "judge", *counts):
         return wrong
     if j.engines > 1 and j.kind != "frozen":
         return f"judge.engines: given, but judge.kind is {j.kind}"
@@ -441,11 +444,10 @@ def check_train(c: TrainConfig) -> str | None:
             f"algorithm.updates_per_step: {c.algorithm.updates_per_step} does not divide "
             f"rollout.prompts_per_step {c.rollout.prompts_per_step}"
         )
-    j, ranks = c.judge, c.parallel.ranks
-    if j.kind == "frozen" and c.parallel.card and j.engines * j.tensor_parallel > ranks:
-        return (
-            f"judge.engines: {j.engines} on {j.tensor_parallel} GPUs each are more than the {ranks} of parallel.ranks"
-        )
+    j, p = c.judge, c.parallel
+    if j.kind == "frozen" and p.card and j.engines > (room := p.places(j.tensor_parallel)):
+        host = f"parallel.nodes {p.nodes} of {p.ranks_per_node}"
+        return f"judge.engines: {j.engines} on {j.tensor_parallel} GPUs each, but {host} have room for {room}"
     if c.judge.kind == "policy" and c.rollout.replay:
         return "judge.kind: policy needs a policy engine, and rollout.replay starts none"
     return None

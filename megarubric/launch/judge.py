@@ -59,7 +59,7 @@ def second_index(c: TrainConfig) -> int:
     """The place of the second judge's engine among those of the judges: one with GPUs of its own, if any are left."""
     j = c.judge
     first = j.engines if j.kind == "frozen" else 0
-    left = c.parallel.card is not None and (first + 1) * j.tensor_parallel <= c.parallel.ranks
+    left = c.parallel.card is not None and first < c.parallel.places(j.tensor_parallel)
     return first if left else 0
 
 

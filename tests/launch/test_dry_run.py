@@ -30,7 +30,7 @@ def test_shipped_configurations_fit_their_devices(name: str, capsys: pytest.Capt
     assert config.rollout.engines * config.rollout.tensor_parallel == config.parallel.ranks
     if config.judge.kind == "frozen":  # no device is idle while answers are judged
         assert config.judge.engines * config.judge.tensor_parallel == config.parallel.ranks
-        assert out.count("\njudge-") == config.judge.engines
+        assert out.count("/logs/judge-") == config.judge.engines
 
 
 def test_two_judges_on_one_gpu_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

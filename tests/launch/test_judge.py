@@ -105,6 +105,8 @@ def test_the_engines_a_judge_starts(config: Path, overrides: list[str], engines:
     [
         (["judge.engines=2"], 2),
         (["judge.engines=4"], 0),  # no GPU is left: it shares those of the first
+        (["parallel.nodes=2", "judge.engines=3"], 3),
+        (["parallel.nodes=2", "judge.engines=2", "judge.tensor_parallel=3"], 0),  # two are left, but on two hosts
         (["judge.kind=policy"], 0),
     ],
 )
@@ -116,7 +118,11 @@ def test_a_second_judge_has_gpus_of_its_own_if_any_are_left(config: Path, overri
 def test_judge_engines_that_cannot_be(config: Path) -> None:
     gpus = ["parallel.card=h100", "parallel.ranks=8", "judge.tensor_parallel=4"]
     for overrides, words in (
-        ([*gpus, "judge.engines=3"], "judge.engines: 3 on 4 GPUs each are more than the 8 of parallel.ranks"),
+        ([*gpus, "judge.engines=3"], "judge.engines: 3 on 4 GPUs each, but parallel.nodes 1 of 8 have room for 2"),
+        (
+            [*gpus, "parallel.nodes=2", "judge.tensor_parallel=8"],
+            "judge.engines: 1 on 8 GPUs each, but parallel.nodes 2 of 4 have room for 0",
+        ),
         (["judge.engines=0"], "judge.engines: must be above 0"),
         (["judge.engines=2", "judge.kind=policy"], "judge.engines: given, but judge.kind is policy"),
     ):
