@@ -95,7 +95,7 @@ class BuildOps(build_ext):
         commands["group_advantages"] = [*base, str(SOURCES / "group_advantages_cpu.cpp")]
         sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ()}
         for isa, flags in sets.items():
-            for name in ("aggregate", "tier_expectation"):
+            for name in ("aggregate", "tier_expectation", "weight_digest"):
                 source = str(SOURCES / f"{name}_cpu.cpp")
                 commands[f"{name}_{isa}"] = [*base, *flags, f"-DMEGARUBRIC_ISA={isa}", source]
         if nvcc and architectures:

@@ -58,10 +58,10 @@ void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_
 
 const cpu::Kernels kKernels[] = {
 #if defined(__x86_64__)
-    {"avx512", avx512::aggregate, avx512::tier_expectation},
-    {"avx2", avx2::aggregate, avx2::tier_expectation},
+    {"avx512", avx512::aggregate, avx512::tier_expectation, avx512::weight_digest},
+    {"avx2", avx2::aggregate, avx2::tier_expectation, avx2::weight_digest},
 #endif
-    {"baseline", baseline::aggregate, baseline::tier_expectation},
+    {"baseline", baseline::aggregate, baseline::tier_expectation, baseline::weight_digest},
 };
 
 bool supported(const char* isa) {
@@ -268,18 +268,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_tiers(const Tensor& rows_in, cons
   return {value, entropy, mass, read};
 }
 
+template <class Launch>
+Tensor run_digest(const Tensor& buffer_in, const Tensor& table_in, int64_t tile_bytes, int64_t tiles, Launch launch) {
+  const Tensor buffer = expect(buffer_in, ScalarType::Byte, 1, "buffer");
+  const Tensor table = expect(table_in, ScalarType::Long, 2, "table");
+  same_device(buffer, table, "table");
+  require(table.size(1) == 3, "table must be [n, 3]: offset, nbytes, first tile");
+  require(tile_bytes > 0 && tile_bytes % 16 == 0 && tiles >= 0 && tiles <= INT32_MAX, "tiles do not fit");
+  DigestArgs a;
+  a.n = table.size(0);
+  a.buffer_bytes = buffer.numel();
+  a.tile_bytes = tile_bytes;
+  a.tiles = tiles;
+  a.buffer = data<uint8_t>(buffer);
+  a.table = data<int64_t>(table);
+  require(a.n > 0 || tiles == 0, "tiles of no tensor");
+  if (buffer.is_cpu()) {
+    int64_t seen = 0;
+    for (int64_t t = 0; t < a.n; ++t) {
+      const int64_t offset = a.table[3 * t], nbytes = a.table[3 * t + 1];
+      require(offset >= 0 && nbytes >= 0 && offset <= a.buffer_bytes - nbytes, "a tensor leaves the buffer");
+      require(a.table[3 * t + 2] == seen, "first tiles do not add up");
+      seen += nbytes / tile_bytes + (nbytes % tile_bytes != 0);
+    }
+    require(seen == tiles, "tiles do not add up");
+  }
+  const Tensor sums = empty(buffer, {a.n, 2}, ScalarType::Long);
+  a.sums = data<uint64_t>(sums);
+  launch(a, buffer);
+  return sums;
+}
+
 // One wrapper per op and device; `Device` supplies the launches.
 #if defined(MEGARUBRIC_HOST_DEVICE)
 struct Host {  // the .cu files compiled for the CPU: tests only
   static void aggregate(const AggregateArgs& a, const Tensor&) { cuda::aggregate(a, nullptr); }
   static void advantages(const AdvantageArgs& a, const Tensor&) { cuda::group_advantages(a, nullptr); }
   static void tiers(const TierArgs& a, const Tensor&) { cuda::tier_expectation(a, nullptr); }
+  static void digest(const DigestArgs& a, const Tensor&) { cuda::weight_digest(a, nullptr); }
 };
 #else
 struct Cpu {
   static void aggregate(const AggregateArgs& a, const Tensor&) { kernels().aggregate(a, parallel); }
   static void advantages(const AdvantageArgs& a, const Tensor&) { cpu::group_advantages(a, parallel); }
   static void tiers(const TierArgs& a, const Tensor&) { kernels().tier_expectation(a, parallel); }
+  static void digest(const DigestArgs& a, const Tensor&) { kernels().weight_digest(a, parallel); }
 };
 #endif
 
@@ -288,6 +321,7 @@ struct Cuda {
   static void aggregate(const AggregateArgs& a, const Tensor& on) { cuda::aggregate(a, current_stream(on)); }
   static void advantages(const AdvantageArgs& a, const Tensor& on) { cuda::group_advantages(a, current_stream(on)); }
   static void tiers(const TierArgs& a, const Tensor& on) { cuda::tier_expectation(a, current_stream(on)); }
+  static void digest(const DigestArgs& a, const Tensor& on) { cuda::weight_digest(a, current_stream(on)); }
 };
 #endif
 
@@ -328,6 +362,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tier_expectation_logits(Tensor logits
   return run_tiers(logits, token_ids, values, min_mass, Device::tiers);
 }
 
+template <class Device>
+Tensor weight_digest(Tensor buffer, Tensor table, int64_t tile_bytes, int64_t tiles) {
+  return run_digest(buffer, table, tile_bytes, tiles, Device::digest);
+}
+
 template <class Device, class Library>
 void implement(Library& m) {
   m.impl("aggregate", TORCH_BOX(&aggregate<Device>));
@@ -336,6 +375,7 @@ void implement(Library& m) {
   m.impl("objective_wise", TORCH_BOX(&objective_wise<Device>));
   m.impl("tier_expectation", TORCH_BOX(&tier_expectation<Device>));
   m.impl("tier_expectation_logits", TORCH_BOX(&tier_expectation_logits<Device>));
+  m.impl("weight_digest", TORCH_BOX(&weight_digest<Device>));
 }
 
 template <class Library>
@@ -359,6 +399,7 @@ void define(Library& m) {
   m.def(
       "tier_expectation_logits(Tensor logits, Tensor token_ids, Tensor values, float min_tier_mass) -> "
       "(Tensor value, Tensor entropy, Tensor mass, Tensor read)");
+  m.def("weight_digest(Tensor buffer, Tensor table, int tile_bytes, int tiles) -> Tensor");
 }
 
 }  // namespace

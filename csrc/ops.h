@@ -65,6 +65,18 @@ struct TierArgs {
   uint8_t* read = nullptr;
 };
 
+// n tensors in a buffer: table[n][3] has offset, nbytes and first tile of each. A tile is tile_bytes (a multiple of 16) of
+// one tensor, the last of a tensor shorter; `tiles` in all.
+struct DigestArgs {
+  int64_t n = 0;
+  int64_t buffer_bytes = 0;
+  int64_t tile_bytes = 0;
+  int64_t tiles = 0;
+  const uint8_t* buffer = nullptr;
+  const int64_t* table = nullptr;
+  uint64_t* sums = nullptr;  // [n][2]
+};
+
 // Runs body(begin, end) over [0, n) on the threads of the caller's pool; bodies must not depend on the split.
 using ParallelFor = std::function<void(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
 
@@ -74,6 +86,7 @@ struct Kernels {
   const char* name;
   void (*aggregate)(const AggregateArgs&, const ParallelFor&);
   void (*tier_expectation)(const TierArgs&, const ParallelFor&);
+  void (*weight_digest)(const DigestArgs&, const ParallelFor&);
 };
 void group_advantages(const AdvantageArgs&, const ParallelFor&);
 }  // namespace cpu
@@ -82,6 +95,7 @@ void group_advantages(const AdvantageArgs&, const ParallelFor&);
   namespace isa {                                               \
   void aggregate(const AggregateArgs&, const ParallelFor&);     \
   void tier_expectation(const TierArgs&, const ParallelFor&);   \
+  void weight_digest(const DigestArgs&, const ParallelFor&);    \
   }
 MEGARUBRIC_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
@@ -96,6 +110,7 @@ namespace cuda {
 void aggregate(const AggregateArgs&, void* stream);
 void group_advantages(const AdvantageArgs&, void* stream);
 void tier_expectation(const TierArgs&, void* stream);
+void weight_digest(const DigestArgs&, void* stream);
 }  // namespace cuda
 #endif
 

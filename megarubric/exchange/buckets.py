@@ -20,6 +20,7 @@ import msgspec
 import xxhash
 
 from megarubric.errors import BadInput, MegarubricError
+from megarubric.exchange.digest import TensorHash, tensor_hash
 
 if TYPE_CHECKING:
     import torch
@@ -148,24 +149,34 @@ def plan_buckets(tensors: Iterable[TensorSpec], bucket_bytes: int, align: int = 
 class WeightDigest:
     """Checksum of a set of tensors that does not depend on the order in which they arrive.
 
-    xxh3_128 over ``name NUL dtype NUL shape NUL xxh3_128(bytes)`` in sorted name order. It finds transport and
-    conversion faults; it is not a signature.
+    xxh3_128 over ``name NUL dtype NUL shape NUL hash(bytes)`` in sorted name order. `kind` says which hash of
+    `megarubric.exchange.digest`; a checksum says so too: ``sum128:`` and 32 hex digits, for xxh3 the digits alone. It
+    finds transport and conversion faults; it is not a signature.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: TensorHash = "xxh3") -> None:
+        self.kind: TensorHash = kind
         self._parts: dict[str, bytes] = {}
 
     def add(self, entry: TensorEntry | TensorSpec, data: memoryview | bytes) -> None:
         """Take in one tensor's bytes. Raises BucketError when the size is wrong or the name came before."""
-        if entry.name in self._parts:
-            raise BucketError(f"tensor {entry.name} arrived twice")
         if len(data) != entry.nbytes:
             raise BucketError(f"tensor {entry.name}: {len(data)} bytes, its entry says {entry.nbytes}")
+        if entry.name in self._parts:
+            raise BucketError(f"tensor {entry.name} arrived twice")
+        self.add_hash(entry, tensor_hash(self.kind, data))
+
+    def add_hash(self, entry: TensorEntry | TensorSpec, hashed: bytes) -> None:
+        """Take in one tensor by its hash, of this digest's kind. Raises BucketError when the name came before."""
+        if entry.name in self._parts:
+            raise BucketError(f"tensor {entry.name} arrived twice")
         head = f"{entry.name}\0{entry.dtype}\0{'x'.join(map(str, entry.shape))}\0".encode()
-        self._parts[entry.name] = head + xxhash.xxh3_128(data).digest()
+        self._parts[entry.name] = head + hashed
 
     def update(self, other: WeightDigest) -> None:
-        """Take in all of `other`'s tensors. Raises BucketError when a name came before."""
+        """Take in all of `other`'s tensors. Raises BucketError when a name came before or the hash is another."""
+        if other.kind != self.kind:
+            raise BucketError(f"a {other.kind} digest does not go into one of {self.kind}")
         for name, part in other._parts.items():
             if name in self._parts:
                 raise BucketError(f"tensor {name} arrived twice")
@@ -179,7 +190,7 @@ class WeightDigest:
         whole = xxhash.xxh3_128()
         for name in sorted(self._parts):
             whole.update(self._parts[name])
-        return whole.hexdigest()
+        return whole.hexdigest() if self.kind == "xxh3" else f"{self.kind}:{whole.hexdigest()}"
 
 
 def digest_entries(buffer: memoryview, entries: Sequence[TensorEntry]) -> WeightDigest:

@@ -228,6 +228,22 @@ def tier_expectation(
     return value, entropy, mass, read
 
 
+def weight_digest(buffer: Tensor, table: Tensor, tiles: int, tile_bytes: int) -> Tensor:
+    """Digests of tensors in a buffer (``sum128`` of `megarubric.exchange.digest`), one pass over their bytes.
+
+    Args:
+        buffer: uint8 [bytes]; tensors that begin at 16-byte boundaries are read 16 bytes at a time.
+        table: int64 [n, 3] on any device: offset, nbytes and first tile of each tensor; a tile is `tile_bytes` (a
+            multiple of 16) of one tensor or its last bytes, numbered through in the order of the table.
+        tiles: how many there are together.
+
+    Returns:
+        int64 [n, 2], the two sums, to be read as unsigned.
+    """
+    digests: Tensor = torch.ops.megarubric.weight_digest(buffer, table.to(buffer.device), tile_bytes, tiles)
+    return digests
+
+
 def _fake_aggregate(
     scores: Tensor, mask: Any, offsets: Tensor, rubric: Tensor, table: Tensor, attribution: bool, max_pairs: int
 ) -> tuple[Tensor, ...]:
@@ -255,6 +271,10 @@ def _fake_tiers(rows: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return *real, rows.new_empty(n, dtype=torch.bool)
 
 
+def _fake_digest(buffer: Tensor, table: Tensor, tile_bytes: int, tiles: int) -> Tensor:
+    return table.new_empty((table.shape[0], 2))
+
+
 def _register_fakes() -> None:
     """Shapes and dtypes for tracing."""
     for name, fake in (
@@ -264,6 +284,7 @@ def _register_fakes() -> None:
         ("objective_wise", _fake_advantages),
         ("tier_expectation", _fake_tiers),
         ("tier_expectation_logits", _fake_tiers),
+        ("weight_digest", _fake_digest),
     ):
         torch.library.register_fake(f"megarubric::{name}", fake)
 

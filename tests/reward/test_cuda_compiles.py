@@ -31,13 +31,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, s
 def test_no_kernel_spills(compiled) -> None:
     report, _ = compiled
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(spills) >= 9 and set(spills) == {("0", "0", "0")}, report
+    assert len(spills) >= 11 and set(spills) == {("0", "0", "0")}, report
 
 
 def test_scores_and_logits_are_loaded_sixteen_bytes_at_a_time(compiled) -> None:
     _, ptx = compiled
     assert "ld.global.cs.v4.f32" in ptx["aggregate_cuda"]
     assert re.search(r"ld\.global\.cs\.v4\.[bu]32", ptx["tier_expectation_cuda"])
+    assert re.search(r"ld\.global\.cs\.v4\.[bu]32", ptx["weight_digest_cuda"])
     # rubric records come as whole quarters too
     assert re.search(r"ld\.global(\.nc)?\.v4\.", ptx["aggregate_cuda"].replace("ld.global.cs.v4.f32", ""))
 
@@ -49,5 +50,5 @@ def test_nothing_is_fused_or_approximate(compiled) -> None:
         assert not re.search(
             r"\b(ex2|lg2|rcp|rsqrt|sin|cos)\.approx|div\.(approx|full)|\bmad\.f32|\bfma\.approx", text
         ), name
-        assert "div.rn.f" in text, name
+        assert name == "weight_digest_cuda" or "div.rn.f" in text, name  # which computes with integers only
         assert not re.search(r"\bfma\.rn\.f(32|64)", text), name

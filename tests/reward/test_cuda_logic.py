@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megarubric.exchange.digest import digest_table, sum128
 from megarubric.reward import ops
 from megarubric.reward.table import pack_rubrics, stack_tables
 
@@ -152,3 +153,21 @@ def test_tiers(host, dtype: torch.dtype, vocabulary: int) -> None:
     assert_same(
         host.tier_expectation(gathered, values, 0.2), torch.ops.megarubric.tier_expectation(gathered, values, 0.2)
     )
+
+
+@pytest.mark.parametrize("tile", [16, 4096, 8192])
+def test_weight_digest(host, tile: int) -> None:
+    """Aligned and unaligned tensors, tails of every length, tensors without bytes first, between and last."""
+    buffer = torch.from_numpy(np.random.default_rng(tile).integers(0, 256, 30_000, np.uint8))
+    sizes = [0, 9001, 0, 16, 1, 8, 7, 8192, 8193, 0] if tile > 16 else [0, 33, 0, 16, 7, 0]
+    spans, at = [], 0
+    for k, nbytes in enumerate(sizes):
+        at = -(-at // 256) * 256 + (k % 3 == 2)
+        spans.append((at, nbytes))
+        at += nbytes
+    table, tiles = digest_table(spans, tile)
+    wanted = torch.ops.megarubric.weight_digest(buffer, table, tile, tiles)
+    assert [row.numpy().tobytes() for row in wanted] == [sum128(buffer[o : o + n].numpy().data) for o, n in spans]
+    assert_same([host.weight_digest(buffer, table, tile, tiles)], [wanted])
+    empty, none = digest_table([], tile)
+    assert host.weight_digest(buffer, empty, tile, none).shape == (0, 2)

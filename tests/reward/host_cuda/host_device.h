@@ -85,6 +85,10 @@ inline unsigned long long atomicMin(unsigned long long* target, unsigned long lo
   return seen;
 }
 
+inline unsigned long long atomicAdd(unsigned long long* target, unsigned long long value) {
+  return std::atomic_ref<unsigned long long>(*target).fetch_add(value);
+}
+
 namespace megarubric::cuda {
 inline void check_launch(const char*) {}
 }  // namespace megarubric::cuda
