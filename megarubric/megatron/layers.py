@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarubric.megatron import cpu
+from megarubric.megatron import context, cpu
 
 cpu.ensure()  # before the megatron imports below
 
@@ -50,6 +50,9 @@ class PackedRotary(torch.nn.Module):
 
     Megatron's unfused rotation goes through a packed batch sequence by sequence, unless the table has a row for every
     token; on a CPU, with a hundred short answers a micro-batch, that was a fifth of a training step.
+
+    Under context parallelism T still counts the tokens of all ranks: Megatron then takes the rows of this rank's two
+    chunks of each sequence itself, from the sequence's place in the table.
     """
 
     def __init__(self, inner: torch.nn.Module) -> None:
@@ -116,8 +119,10 @@ class PackedCoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
+        self.context_group: torch.distributed.ProcessGroup | None = None
         if config.context_parallel_size > 1:
-            raise ValueError("context parallelism needs Transformer Engine's attention")
+            groups = ProcessGroupCollection.use_mpu_process_groups(["cp"]) if pg_collection is None else pg_collection
+            self.context_group = groups.cp
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -138,30 +143,53 @@ class PackedCoreAttention(MegatronModule):
         as in `cu_seqlens_q_padded` or else `cu_seqlens_q`, which must reach T; returns [T, heads, d]. Otherwise query
         [s, b, heads, d], key and value [s, b, groups, d]; returns [s, b, heads * d]. `attention_mask` is not read: the
         only mask here is the causal one.
+
+        Under context parallelism, which takes packed sequences only, T counts this rank's tokens and `cu_seqlens` those
+        of all ranks; see context.py.
         """
         if (attn_mask_type or self.attn_mask_type) is not AttnMaskType.causal or attention_bias is not None:
             raise ValueError("this attention is causal, without a bias")
-        if query.shape[-2] != key.shape[-2]:
-            share = query.shape[-2] // key.shape[-2]
-            key, value = key.repeat_interleave(share, dim=-2), value.repeat_interleave(share, dim=-2)
         if packed_seq_params is None:
+            if self.context_group is not None:
+                raise ValueError("context parallelism takes packed sequences")
             # [s, b, heads, d] -> [b, heads, s, d] and back
-            out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
+            out = self._attend(*(x.permute(1, 2, 0, 3) for x in _repeated(query, key, value)))
             return out.permute(2, 0, 1, 3).flatten(2)
         # Padding lies behind the tokens of its sequence, where causality keeps it from being seen.
         padded = packed_seq_params.cu_seqlens_q_padded
-        ends = (packed_seq_params.cu_seqlens_q if padded is None else padded).tolist()
-        lengths = [b - a for a, b in itertools.pairwise(ends)]
-        # [T, heads, d] -> per sequence [1, heads, t, d]
-        parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (query, key, value)))
-        out = torch.cat([self._attend(q, k, v) for q, k, v in parts], dim=2)
+        ends = tuple((packed_seq_params.cu_seqlens_q if padded is None else padded).tolist())
+        band, group = None, self.context_group
+        if group is None:
+            chunks = [(slice(a, b), slice(a, b)) for a, b in itertools.pairwise(ends)]
+        else:
+            key, value = context.gather_whole(torch.stack((key, value), dim=1), ends, group).unbind(1)
+            chunks = context.query_chunks(ends, group.size(), group.rank())
+            band = context.causal_band(ends, group.size(), query.dtype, query.device)
+        # [T, heads, d] -> per chunk [1, heads, t, d]
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in _repeated(query, key, value))
+        out = torch.cat([self._attend(q[:, :, own], k[:, :, seen], v[:, :, seen], band) for own, seen in chunks], dim=2)
         return out.squeeze(0).transpose(0, 1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, band: Tensor | None = None) -> Tensor:
+        """query [b, heads, n, d] against key and value [b, heads, m, d], of whose positions it is the last n."""
+        n, m = query.shape[2], key.shape[2]
         return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=self.softmax_scale
+            query,
+            key,
+            value,
+            attn_mask=None if n == m or band is None else context.chunk_mask(band, n, m),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=n == m,
+            scale=self.softmax_scale,
         )
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Grouped keys and values [..., groups, d] repeated to the queries' heads."""
+    share = query.shape[-2] // key.shape[-2]
+    if share == 1:
+        return query, key, value
+    return query, key.repeat_interleave(share, dim=-2), value.repeat_interleave(share, dim=-2)
 
 
 def decoder_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

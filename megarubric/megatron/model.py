@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from megarubric.config.fp8 import Recipe
-from megarubric.errors import BadInput
 from megarubric.megatron import cpu
 
 cpu.ensure()  # before the megatron imports below
@@ -85,8 +84,6 @@ def transformer_config(
     family = family_of(hf, where)
     implementation = implementation or ("transformer_engine" if torch.cuda.is_available() else "local")
     engine = implementation == "transformer_engine"
-    if layout.cp > 1 and not engine:
-        raise BadInput("parallel layout", "cp", "context parallelism needs Transformer Engine's attention, hence a GPU")
     fields: dict[str, Any] = {
         **family.transformer_fields(hf),
         "tensor_model_parallel_size": layout.tp,

@@ -11,6 +11,7 @@ batches with the same lengths are packed alike, which is what makes the first KL
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,18 +80,8 @@ class MicroBatch:
         out[self.token_index[valid]] = values[valid]
 
     def context_slice(self, cp: int, rank: int) -> NDArray[np.int64]:
-        """Positions that context-parallel rank `rank` of `cp` holds: chunks r and 2 cp - 1 - r of each sequence.
-
-        The balanced split of Transformer Engine's thd context parallelism; int64[P / cp].
-        """
-        if cp == 1:
-            return np.arange(self.size)
-        kept = []
-        for start, end in zip(self.cu_seqlens_padded[:-1], self.cu_seqlens_padded[1:]):
-            chunk = (int(end) - int(start)) // (2 * cp)
-            for part in (rank, 2 * cp - 1 - rank):
-                kept.append(np.arange(start + part * chunk, start + (part + 1) * chunk))
-        return np.concatenate(kept)
+        """Positions that context-parallel rank `rank` of `cp` holds, int64[P / cp]; see `context_share`."""
+        return context_share(self.cu_seqlens_padded, cp, rank)
 
     def packed_seq_params(self, device: torch.device) -> PackedSeqParams:
         """Megatron's description of the packing (thd format)."""
@@ -110,6 +101,23 @@ class MicroBatch:
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
+
+
+def context_share(ends: Sequence[int] | NDArray[np.int32], cp: int, rank: int) -> NDArray[np.int64]:
+    """Positions of a packing that context-parallel rank r of `cp` holds: chunks r and 2 cp - 1 - r of each sequence.
+
+    ends: cumulative lengths from 0, each length a multiple of 2 cp. int64[T / cp], in the order the rank holds them:
+    sequence by sequence, the early chunk first. It is Transformer Engine's `thd_get_partitioned_indices`, and what
+    Megatron's rotary angles of packed sequences assume.
+    """
+    if cp == 1:
+        return np.arange(ends[-1], dtype=np.int64)
+    kept = []
+    for start, end in itertools.pairwise(int(e) for e in ends):
+        chunk = (end - start) // (2 * cp)
+        for part in (rank, 2 * cp - 1 - rank):
+            kept.append(np.arange(start + part * chunk, start + (part + 1) * chunk, dtype=np.int64))
+    return np.concatenate(kept)
 
 
 def plan(

@@ -57,13 +57,13 @@ class NoReference(MegarubricError):
 class _Work:
     """A micro-batch on the device.
 
-    input_ids, position_ids int64[1, P']: this rank's positions (all P without context parallelism). scored int64[n]:
-    positions of the packing whose predictions are wanted; `rows` the same counted among this rank's positions. routing
-    int64[P', L, K], -1 without a record.
+    input_ids, position_ids int64[1, P']: this rank's positions (all P without context parallelism). rows int64[n]:
+    which of them have a prediction that is wanted; tokens int64[n]: the batch index of what they predict, -1 for the
+    one row of a rank from which nothing is wanted. routing int64[P', L, K], -1 without a record.
     """
 
     packed: MicroBatch
-    scored: NDArray[np.int64]
+    tokens: NDArray[np.int64]
     rows: Tensor
     input_ids: Tensor
     position_ids: Tensor
@@ -261,6 +261,7 @@ class Trainer:
         if not len(at):
             at = np.zeros(1, dtype=np.int64)  # an unwanted position, masked out: no kernel has to cope with no rows
         scored = here[at]
+        tokens = np.where(wanted[scored], packed.token_index[scored], -1)
 
         def device(values: NDArray[Any], where: NDArray[np.int64] = scored) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(values[where])).to(self.device)
@@ -271,7 +272,7 @@ class Trainer:
             token_inputs = TokenInputs(segment=device(packed.segment), n_sequences=len(rows), **fields)
         return _Work(
             packed=packed,
-            scored=scored,
+            tokens=tokens,
             rows=torch.from_numpy(at).to(self.device),
             input_ids=device(packed.input_ids, here)[None],
             position_ids=device(packed.position_ids, here)[None],
@@ -304,9 +305,8 @@ class Trainer:
     def _scatter(self, work: _Work, values: Tensor, out: NDArray[np.float32]) -> None:
         if not self._reports:
             return
-        token = work.packed.token_index[work.scored]
-        valid = token >= 0
-        out[:, token[valid]] = values.float().cpu().numpy()[:, valid]
+        valid = work.tokens >= 0
+        out[:, work.tokens[valid]] = values.float().cpu().numpy()[:, valid]
 
     def _metrics(
         self, sums: Sequence[Tensor], work: Sequence[_Work], norm: float, lr: float, stepped: bool
