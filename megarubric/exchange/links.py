@@ -1,6 +1,6 @@
 """Trainer ranks of different hosts: pieces of weights over ZeroMQ, encrypted, only among holders of the run's key.
 
-A rank that receives binds one PULL socket; every rank that sends to it connects a PUSH socket. A message is ``[header,
+Every rank binds one PULL socket; every rank that sends to it connects a PUSH socket. A message is ``[header,
 payload]``: the header a msgpack `Header`, the payload the raw bytes of its pieces one after the other. A large piece is
 a message of its own and is sent without being copied; small ones to the same receiver share a message.
 
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 import numpy as np
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from megarubric.errors import BadInput, MegarubricError, ProcessDied
 from megarubric.exchange.curve import Gate, join
@@ -29,10 +28,7 @@ from megarubric.exchange.rpc import CurveKeys
 
 PROTOCOL = 1
 GROUP_BYTES = 1 << 20  # small pieces are gathered up to this
-WATCH_S = 0.25  # how often a waiting receiver looks whether a peer is gone
-_SETUP_FAILED = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
+PROBE_S = 1.0  # after so long a silence, and every so often then, a receiver looks whether its peers still listen
 
 
 class LinkError(MegarubricError):
@@ -61,8 +57,8 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
 class Links:
     """One rank's sockets to ranks of other hosts. Used from one thread.
 
-    `name` gives words for a rank in errors. A peer that is lost, or silent for `timeout_s`, while something is expected
-    of it, is a ProcessDied.
+    `name` gives words for a rank in errors. A peer that ended, or is silent for `timeout_s`, while something is
+    expected of it, is a ProcessDied.
     """
 
     def __init__(self, rank: int, keys: CurveKeys, timeout_s: float, name: Callable[[int], str]) -> None:
@@ -70,8 +66,7 @@ class Links:
         self._context = zmq.Context(io_threads=2)
         self._gate = Gate(self._context, keys.public, keys.secret)
         self._pull: zmq.Socket[bytes] | None = None
-        self._monitor: zmq.Socket[bytes] | None = None
-        self._lost = 0  # connections that were let in and are gone
+        self._sources: dict[int, str] = {}
         self._push: dict[int, zmq.Socket[bytes]] = {}
         self._outbox: dict[int, tuple[list[PieceHead], list[Bytes]]] = {}
         self._number: dict[int, int] = {}
@@ -95,15 +90,15 @@ class Links:
         pull.ipv6 = six
         pull.set_hwm(0)
         self._gate.guard(pull)
-        self._monitor = pull.get_monitor_socket(zmq.EVENT_DISCONNECTED | _SETUP_FAILED)
         try:
             pull.bind(f"tcp://{f'[{ip}]' if six else ip}:*")
         except zmq.ZMQError as error:
             raise BadInput("environment", "MEGARUBRIC_ADDRESS", f"{address}: {error.strerror or error}") from None
         return str(pull.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode())  # type: ignore[union-attr]
 
-    def connect(self, endpoints: Mapping[int, str]) -> None:
-        """Connect to each rank that this one sends to."""
+    def connect(self, endpoints: Mapping[int, str], sources: Mapping[int, str]) -> None:
+        """Connect to each rank of `endpoints`, to send to it. `sources`: endpoints of the ranks that send to this."""
+        self._sources = dict(sources)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = 1024 + 4 * len(endpoints)  # a socket is a connection and a signalling pipe
         if soft != resource.RLIM_INFINITY and soft < needed:
@@ -179,13 +174,10 @@ class Links:
     def close(self) -> None:
         """Close all sockets at once; what was not sent is dropped."""
         if self._pull is not None:
-            self._pull.disable_monitor()
             self._pull.close(linger=0)
-        if self._monitor is not None:
-            self._monitor.close(linger=0)
         for push in self._push.values():
             push.close(linger=0)
-        self._pull, self._monitor, self._push = None, None, {}
+        self._pull, self._push = None, {}
         self._context.term()
 
     def _send_outbox(self, receiver: int) -> None:
@@ -200,26 +192,18 @@ class Links:
 
     def _receive(self, waiting: Mapping[int, object]) -> list[memoryview]:
         assert self._pull is not None
-        deadline = time.monotonic() + self._timeout_s
-        while not self._pull.poll(int(min(WATCH_S, self._timeout_s) * 1000)):
-            if self._peer_lost():
-                raise ProcessDied(f"{self._name(self._rank)} lost a connection, waiting for {self._names(waiting)}")
-            if time.monotonic() > deadline:
+        began = time.monotonic()
+        while not self._pull.poll(int(min(PROBE_S, self._timeout_s) * 1000)):
+            for source in waiting:
+                if source in self._sources and not _listens(self._sources[source]):
+                    raise ProcessDied(f"{self._name(source)} has ended; {self._name(self._rank)} waits for its weights")
+            if time.monotonic() - began > self._timeout_s:
                 raise ProcessDied(f"nothing from {self._names(waiting)} within {self._timeout_s:g} s")
         return [frame.buffer for frame in self._pull.recv_multipart(copy=False)]
 
     def _names(self, ranks: Mapping[int, object]) -> str:
         some = [self._name(rank) for rank in sorted(ranks)[:4]]
         return ", ".join(some) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
-
-    def _peer_lost(self) -> bool:
-        """Whether a connection that was let in is gone. One that was not let in is heard of too: first that it failed,
-        then that it ended."""
-        assert self._monitor is not None
-        while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)["event"]
-            self._lost += 1 if event == zmq.EVENT_DISCONNECTED else -1
-        return self._lost > 0
 
     def _check(self, header: Header, waiting: Mapping[int, object], numbers: Mapping[int, int], nbytes: int) -> None:
         here, source = self._name(self._rank), self._name(header.source)
@@ -239,3 +223,15 @@ class Links:
 
 def _words(turn: Turn) -> str:
     return f"bucket {turn.bucket} of version {turn.version} (fill {turn.fill})"
+
+
+def _listens(endpoint: str) -> bool:
+    """False when nothing does: the process has ended. A host that does not answer at all is left to the time limit."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    try:
+        network.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        pass
+    return True

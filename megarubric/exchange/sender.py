@@ -265,14 +265,14 @@ class Sender:
             bucket.receives.setdefault(source, []).append(rectangle)
             bucket.places[rectangle] = (entry, index, int(plan.nbytes[rectangle]))
         if self._hosts > 1:
-            self._connect({r for receivers in part.sends.values() for r in receivers}, bool(part.receives))
+            self._connect({r for receivers in part.sends.values() for r in receivers}, set(part.receives.values()))
         self._work = work
 
-    def _connect(self, receivers: set[int], receives: bool) -> None:
+    def _connect(self, receivers: set[int], sources: set[int]) -> None:
         assert self._keys is not None
         links, error, endpoint = Links(self._rank, self._keys, self._timeout_s, self._name), None, ""
         try:
-            if receives:
+            if receivers or sources:
                 endpoint = links.bind(self._address)
         except MegarubricError as caught:
             error = caught
@@ -283,7 +283,7 @@ class Sender:
             raise
         told = gather_bytes(msgspec.msgpack.encode(endpoint), self._group)
         endpoints = [msgspec.msgpack.decode(data, type=str) for data in told]
-        links.connect({rank: endpoints[rank] for rank in sorted(receivers)})
+        links.connect({r: endpoints[r] for r in sorted(receivers)}, {r: endpoints[r] for r in sorted(sources)})
         self._links = links
 
     def _name(self, rank: int) -> str:
