@@ -41,6 +41,33 @@ def refuse(recipe: Recipe, sm: int | None, dtype: str, bf16_layers: int, card: s
     return None
 
 
+def refuse_parameters(recipe: Recipe, optimizer_offload: bool) -> str | None:
+    """Why weights cannot be kept in FP8, or None.
+
+    The first and the last are Megatron's rules (it takes FP8 weights with an optimizer on the host only by delayed
+    scaling); it would take the second.
+    """
+    if recipe == "none":
+        return "needs a recipe to quantise the weights by (train.fp8)"
+    if recipe == "delayed":
+        return "delayed scaling would quantise the same masters otherwise after a restart: use current scaling"
+    if optimizer_offload:
+        return "the optimizer on the host writes bf16 weights only: train.optimizer_offload must be false"
+    return None
+
+
+def bytes_per_weight(recipe: Recipe, sm: int) -> float:
+    """Device bytes of a weight in FP8: its value, the transpose or the second set of scales that the backward product
+    needs, and scales. Tensor cores before sm_100 multiply FP8 matrices in one orientation only."""
+    if recipe == "current" or recipe == "delayed":
+        return 1 if sm >= 100 else 2  # one scale a matrix
+    if recipe == "blockwise":
+        return 2 * (1 + 4 / 128**2)  # float32 a block of 128 x 128
+    if recipe == "mxfp8":
+        return 2 * (1 + 1 / 32)  # a byte for 32 values in a row, and in a column
+    return 0
+
+
 def alignment(recipe: Recipe) -> int:
     """Rows a matrix product must have a multiple of."""
     return _ALIGNMENT[recipe]

@@ -150,6 +150,7 @@ class Train(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recompute: bool = False
     optimizer_offload: bool = False  # Adam and its state on the host, in Megatron's hybrid optimizer; needs a GPU
     fp8: fp8.Recipe = "none"  # of Transformer Engine's matrix products (config/fp8.py)
+    fp8_parameters: bool = False  # the weights of those products are kept in FP8 as well (docs/layouts.md)
     fp8_bf16_layers: int = 1  # so many first and last layers keep bf16 linears; 0 with delayed scaling
 
 
@@ -404,8 +405,11 @@ def check_filter(f: Filter) -> str | None:
 
 
 def check_fp8(t: Train, p: Parallel, dtype: str) -> str | None:
-    wrong = fp8.refuse(t.fp8, p.sm, dtype, t.fp8_bf16_layers)
-    return f"train.fp8: {wrong}" if wrong else None
+    if wrong := fp8.refuse(t.fp8, p.sm, dtype, t.fp8_bf16_layers):
+        return f"train.fp8: {wrong}"
+    if t.fp8_parameters and (wrong := fp8.refuse_parameters(t.fp8, t.optimizer_offload)):
+        return f"train.fp8_parameters: {wrong}"
+    return None
 
 
 def is_url(judge: str | None) -> bool:

@@ -46,13 +46,16 @@ def memory_table(c: TrainConfig, hf: Mapping[str, Any]) -> list[str]:
     stages = stage_memory(hf, c.parallel, c.train, c.model.dtype, kernels)
     lines = [
         f"# memory of a trainer rank in GB (arithmetic; micro-batches of {c.train.micro_batch_tokens} tokens)",
-        "stage  layers  parameters  gradients  optimizer  activations  logits   total  on the host",
+        "stage  layers  parameters  gradients  optimizer  activations  logits   total  on the host"
+        + ("  FP8 copies of the weights" if any(s.fp8_copies for s in stages) else ""),
     ]
     for s in _kinds(stages):
         columns = (s.parameters, s.gradients, s.optimizer, s.activations, s.logits, s.total, s.host)
         widths = (10, 9, 9, 11, 6, 6, 11)
         lines.append(
-            f"{s.stage:>5}  {s.layers:>6}  " + "  ".join(f"{n / 1e9:>{w}.2f}" for n, w in zip(columns, widths))
+            f"{s.stage:>5}  {s.layers:>6}  "
+            + "  ".join(f"{n / 1e9:>{w}.2f}" for n, w in zip(columns, widths))
+            + (f"  {s.fp8_copies / 1e9:>25.2f}" if s.fp8_copies else "")
         )
     if c.parallel.device_gb is None:
         return [*lines, f"exchange buckets {_buckets_gb(c):.2f} GB in shared memory, once a host"]

@@ -1,24 +1,27 @@
 """Memory of the trainer's ranks by arithmetic, from a Hugging Face config and a layout: for `train --dry-run`.
 
-What lives for the whole run: parameters, gradients (a float32 buffer), the optimizer's state (shared out over the
-data-parallel ranks by the distributed optimizer), and what the micro-batches in flight keep for their backward pass.
-Parameters are counted exactly, stage by stage (tests/megatron/test_memory.py compares with Megatron's own modules on the
-meta device, at the shipped configurations' full size). Activations are counted in tensors a token: for the modules used
-without Transformer Engine they are what autograd was seen to keep; for Transformer Engine's they follow from what its
-fused modules save, and have not been measured. CUDA context, NCCL and fragmentation come on top.
+What lives for the whole run: parameters, gradients (a float32 buffer), the optimizer's state (shared out over the data-
+parallel ranks by the distributed optimizer), and what the micro-batches in flight keep for their backward pass.
+Parameters are counted exactly, stage by stage (tests/megatron/test_memory.py compares with Megatron's own modules on
+the meta device, at the shipped configurations' full size). Activations are counted in tensors a token: for the modules
+used without Transformer Engine they are what autograd was seen to keep; for Transformer Engine's they follow from what
+its fused modules save, and have not been measured. CUDA context, NCCL and fragmentation come on top.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
+from megarubric.config import fp8
 from megarubric.config.schema import Parallel, Train
 from megarubric.megatron.families import Family, ParamSource, family_of
 
 Kernels = Literal["local", "transformer_engine"]
+_PRODUCT = re.compile(r"linear_(?:qkv|proj|fc1|fc2)\.weight$")
 LOGPROB_CHUNKS = 3 * (4 << 22)  # bytes: the float32 chunks of megatron.logprob
 WIDTH = {"float32": 4, "bfloat16": 2}
 MASTER = {"float32": 8, "bfloat16": 12}  # Adam's two moments, and the float32 copy of 16-bit parameters
@@ -58,7 +61,8 @@ KEPT: dict[tuple[Kernels, str], Kept] = {
 class StageMemory(msgspec.Struct, frozen=True):
     """Bytes on a rank of one pipeline stage. `n_parameters` counts this rank's, `layers` the decoder layers.
 
-    `host` is what lies in the host's memory instead, with `train.optimizer_offload`.
+    `host` is what lies in the host's memory instead, with `train.optimizer_offload`. `fp8_copies` are those of bf16
+    weights that Transformer Engine keeps from the first micro-batch of a step to the last.
     """
 
     stage: int
@@ -70,10 +74,11 @@ class StageMemory(msgspec.Struct, frozen=True):
     activations: int
     logits: int
     host: int = 0
+    fp8_copies: int = 0
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+        return self.parameters + self.fp8_copies + self.gradients + self.optimizer + self.activations + self.logits
 
 
 class ModelSize(msgspec.Struct, frozen=True):
@@ -108,15 +113,20 @@ def stage_memory(hf: Mapping[str, Any], p: Parallel, t: Train, dtype: str, kerne
     for stage in range(p.pp):
         layers = layers_of(stage, config["num_hidden_layers"], p)
         dense = _outside(family, config, stage, p)
-        experts = 0
+        experts = quantised = 0
         for layer in layers:
             dense += sum(_share(s, shapes, p) for s in family.layer_params(config, layer).values())
             if family.is_moe_layer(config, layer):
                 one = sum(_share(s, shapes, p) for s in family.expert_params(config, layer, 0).values())
                 experts += family.num_experts(config) // p.ep * one
+            quantised += _quantised(family, config, layer, shapes, p, t)
         n = dense + experts
         dp = p.ranks // (p.tp * p.pp)  # gradients and optimizer are shared over context parallelism too
         state = MASTER[dtype] * (dense / dp + experts * (p.pp * p.ep * p.etp) / p.ranks)
+        in_fp8 = int(quantised * fp8.bytes_per_weight(t.fp8, p.sm or 0))
+        parameters = n * WIDTH[dtype]
+        if t.fp8_parameters:
+            parameters += in_fp8 - quantised * WIDTH[dtype]
         tokens = t.micro_batch_tokens  # what a context-parallel rank holds: the packing budget is this times cp
         activations = _in_flight(stage, p) * _activations(family, config, p, t, dtype, kernels, tokens, layers)
         logits = 0
@@ -128,12 +138,13 @@ def stage_memory(hf: Mapping[str, Any], p: Parallel, t: Train, dtype: str, kerne
                 stage,
                 len(layers),
                 n,
-                n * WIDTH[dtype],
+                parameters,
                 n * 4,
                 0 if t.optimizer_offload else int(state),
                 int(activations),
                 logits,
                 int(state) if t.optimizer_offload else 0,
+                0 if t.fp8_parameters else in_fp8,
             )
         )
     return out
@@ -162,6 +173,20 @@ def _share(source: ParamSource, shapes: Mapping[str, tuple[int, ...]], p: Parall
     runs = [run for part in source.parts for run in part]
     ways = (p.etp if source.expert else p.tp) if source.split else 1
     return sum((run.stop - run.start) * _product(shapes[run.name][1:]) for run in runs) // ways
+
+
+def _quantised(
+    family: Family, hf: dict[str, Any], layer: int, shapes: Mapping[str, tuple[int, ...]], p: Parallel, t: Train
+) -> int:
+    """Values of a layer's weights on a rank that FP8 products use: attention's and the MLP's matrices."""
+    outermost = min(layer, hf["num_hidden_layers"] - 1 - layer)
+    if t.fp8 == "none" or outermost < t.fp8_bf16_layers:
+        return 0
+    n = sum(_share(s, shapes, p) for k, s in family.layer_params(hf, layer).items() if _PRODUCT.search(k))
+    if family.is_moe_layer(hf, layer):
+        one = sum(_share(s, shapes, p) for s in family.expert_params(hf, layer, 0).values())
+        n += family.num_experts(hf) // p.ep * one
+    return n
 
 
 def _activations(

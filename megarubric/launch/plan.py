@@ -78,6 +78,7 @@ def worker_config(
         card=p.card,
         fp8=t.fp8,
         fp8_bf16_layers=t.fp8_bf16_layers,
+        fp8_parameters=t.fp8_parameters,
         reference=reference,
         bucket_bytes=bucket_mb << 20,
         shm_prefix=f"megarubric-{secrets.token_hex(6)}",

@@ -206,6 +206,8 @@ def load(trainer: Trainer, path: Path) -> str:
         for number, chunk in enumerate(trainer.model.chunks):
             chunk.module.load_state_dict(loaded[f"model{number}"], strict=True)
         trainer.model.load_optimizer(loaded["optimizer"], manifest.steps)
+        if trainer.dtype == torch.bfloat16 and not trainer.config.optimizer_offload:
+            trainer.model.weights_from_masters()  # those saved may have been FP8, or this run's are
     if same:  # other ranks than those that were saved keep the random states of their seeds
         _set_random_state(loaded["random"])
     trainer.steps = manifest.steps

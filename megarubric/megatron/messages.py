@@ -53,6 +53,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     optimizer_offload: bool = False  # Adam on the host; needs CUDA
     card: str | None = None  # the GPU this is meant for (config/schema.py); None: whatever there is
     fp8: fp8.Recipe = "none"
+    fp8_parameters: bool = False  # the weights of quantised products are FP8 too
     fp8_bf16_layers: int = 1  # so many first and last layers keep bf16 linears
     reference: bool = False  # keep a host copy of the first weights for KL to a reference
     bucket_bytes: int = 64 << 20

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.init import zeros_
 
 from megarubric.config.fp8 import Recipe
 from megarubric.megatron import cpu
@@ -49,6 +50,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from megarubric.config.layout import ParallelLayout  # noqa: E402
 from megarubric.megatron.families import family_of, read_config  # noqa: E402
+from megarubric.megatron.fp8_params import is_quantised  # noqa: E402
 from megarubric.megatron.layers import PackedRotary, decoder_spec  # noqa: E402
 
 # It tells every rank at every start that GPTModel only gets fixes from now on; the pin in pyproject.toml knows.
@@ -131,19 +133,25 @@ def transformer_config(
 _FP8 = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
 
 
-def fp8_fields(recipe: Recipe, bf16_layers: int) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig for an FP8 recipe (config/fp8.py says what it does)."""
+def fp8_fields(recipe: Recipe, bf16_layers: int, parameters: bool = False) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for an FP8 recipe (config/fp8.py says what it does).
+
+    `parameters`: the weights of its products are kept in FP8 (fp8_params.py).
+    """
     if recipe == "none":
         return {}
     return {
         "fp8": "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid",  # fine scales need no wider gradients
         "fp8_recipe": _FP8[recipe],
-        "fp8_param": False,  # exchange, checkpoints and the reference read bf16 parameters
+        "fp8_param": parameters,
         "first_last_layers_bf16": bf16_layers > 0,
         "num_layers_at_start_in_bf16": bf16_layers,
         "num_layers_at_end_in_bf16": bf16_layers,
         "moe_router_padding_for_quantization": True,
         **({"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}),
+        # They are quantised as they are made, which memory as it was found may not survive (nan).
+        **(dict.fromkeys(("init_method", "output_layer_init_method"), zeros_) if parameters else {}),
+        **({"perform_initialization": True} if parameters else {}),
     }
 
 
@@ -226,11 +234,14 @@ def wrap_for_training(
     first and last stage of tied embeddings. Call ``zero_grad_buffer()`` on each chunk before a step.
     """
     config = models[0].config
+    quantised = any(is_quantised(p) for model in models for p in model.parameters())
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=distributed_optimizer,
         average_in_collective=False,
+        fp8_param_gather=quantised,
+        reuse_grad_buf_for_mxfp8_param_ag=quantised and config.fp8_recipe == "mxfp8",
     )
     wrapped = [
         DistributedDataParallel(config, ddp_config, model, disable_bucketing=index > 0)

@@ -22,6 +22,7 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.optimizer import ChainedOptimizer  # noqa: E402
 
+from megarubric.megatron.fp8_params import is_quantised  # noqa: E402
 from megarubric.megatron.model import wrap_for_training  # noqa: E402
 
 _SHARDING = "distrib_optim_sharding_type"
@@ -46,6 +47,7 @@ class TrainedModel:
     def __init__(self, models: Sequence[GPTModel], dtype: torch.dtype, adam: AdamSettings) -> None:
         """`models`: chunks with their weights set (the optimizer copies its float32 masters from them)."""
         self.config: Any = models[0].config
+        self.quantised = any(is_quantised(p) for model in models for p in model.parameters())
         self.chunks = wrap_for_training(models)
         self.clip = adam.clip
         settings = OptimizerConfig(
@@ -61,10 +63,19 @@ class TrainedModel:
             use_distributed_optimizer=True,
             optimizer_cpu_offload=adam.offload,
             optimizer_offload_fraction=1.0 if adam.offload else 0.0,
+            fp8_recipe=self.config.fp8_recipe if self.quantised else None,
+            reuse_grad_buf_for_mxfp8_param_ag=self._staged,
         )
         self.optimizer: Any = get_megatron_optimizer(settings, self.chunks)
         for part in self._parts():
             _start_state(part.optimizer)
+        if self.quantised:
+            self.weights_from_masters()
+
+    @property
+    def _staged(self) -> bool:
+        """MXFP8 weights are gathered in bf16, through the gradient buffers: they are scaled along rows and columns."""
+        return self.chunks[0].ddp_config.reuse_grad_buf_for_mxfp8_param_ag  # type: ignore[no-any-return]
 
     def _parts(self) -> list[Any]:
         chained = isinstance(self.optimizer, ChainedOptimizer)
@@ -132,6 +143,19 @@ class TrainedModel:
             if torch_adam:
                 del part._set_main_param_and_optimizer_states
                 _restore_steps(part.optimizer, steps)
+
+    @torch.no_grad()
+    def weights_from_masters(self) -> None:
+        """Set the weights from the optimizer's float32 masters, as the end of a step does. Collective.
+
+        Changes nothing where they are what a step left. Needs the gradient buffers, which hold nothing afterwards.
+        """
+        for part in self._parts():
+            if self._staged:
+                part._copy_main_params_to_param_buffer()
+            else:
+                part._copy_main_params_to_model_params()
+            part.start_param_sync_for_bucket_group_subset()
 
     def weights_changed(self) -> None:
         """Take the model's present weights as the optimizer's masters (after weights were written from outside)."""

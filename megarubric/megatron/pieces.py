@@ -4,7 +4,7 @@ Import, export, the weight exchange, checksums and conversion are all loops over
 from, and written to, its place in the Hugging Face tensor; nothing is gathered, on any layout.
 
     for piece in model_pieces(models, hf_config, layout):
-        piece.local.copy_(hf_tensor[piece.hf_index])          # import: every piece
+        piece.place.copy_(hf_tensor[piece.hf_index])          # import: every piece
         if piece.owned: hf_tensor[piece.hf_index] = piece.local   # export: each element by exactly one rank
 """
 
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from megarubric.config.layout import ParallelLayout
 from megarubric.megatron.families import ParamSource, family_of, param_source
+from megarubric.megatron.fp8_params import loadable, plain
 
 
 @dataclass(frozen=True)
 class Piece:
     """One rectangle. `hf_index` and `local_index` have one slice a dimension and select equal shapes.
 
-    `param` is the live parameter: `local` is taken anew at each call, because Megatron's gradient buffers and optimizer
+    `param` is the live parameter: views are taken anew at each call, because Megatron's gradient buffers and optimizer
     move a parameter's storage. `owned` is True on exactly one rank for each element of each Hugging Face tensor.
     """
 
@@ -39,8 +40,14 @@ class Piece:
 
     @property
     def local(self) -> Tensor:
-        """The live view into the local parameter, shape of the rectangle, no gradient."""
-        return self.param.detach()[self.local_index]
+        """To read: the view into the local parameter, shape of the rectangle, no gradient; of an FP8 parameter a copy,
+        what its values stand for."""
+        return plain(self.param)[self.local_index]
+
+    @property
+    def place(self) -> Tensor:
+        """To write when weights are loaded: the live view, of an FP8 parameter into what its masters come from."""
+        return loadable(self.param)[self.local_index]
 
     @property
     def shape(self) -> tuple[int, ...]:

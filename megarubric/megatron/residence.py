@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from megarubric.megatron import nccl
+from megarubric.megatron.fp8_params import Stowed, drop_copies, stow, unstow
 from megarubric.megatron.optimizer import TrainedModel
 
 
@@ -21,6 +22,7 @@ class Residence:
     def __init__(self, model: TrainedModel, device: torch.device) -> None:
         self._model, self._on_device = model, device.type == "cuda"
         self._suspended: list[nccl.Communicator] = []
+        self._stowed: list[Stowed] = []
 
     def offload(self, parameters: bool = False) -> None:
         """Drop gradients and move optimizer state to host memory; with `parameters` those as well, and NCCL's buffers
@@ -32,6 +34,9 @@ class Residence:
             if parameters:
                 for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                     buffer.offload_to_cpu(move_params=True, move_grads=False)
+        drop_copies(self._model.chunks)
+        if parameters:
+            self._stowed += stow(self._model.parameters())
         self._model.optimizer.offload_to_cpu()
         torch.cuda.empty_cache()
         if parameters:
@@ -46,6 +51,8 @@ class Residence:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 buffer.reload_from_cpu(move_params=True, move_grads=False)
             chunk.restore_grad_buffers()
+        unstow(self._stowed)
+        self._stowed = []
         self._model.optimizer.restore_from_cpu()
 
     @contextmanager

@@ -33,6 +33,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megarubric.megatron import checkpoint, device, parallel, weights  # noqa: E402
 from megarubric.megatron.families import family_of  # noqa: E402
 from megarubric.megatron.logprob import token_logprobs  # noqa: E402
+from megarubric.megatron.fp8_params import loadable  # noqa: E402
 from megarubric.megatron.loss import LossSums, TokenInputs, policy_loss  # noqa: E402
 from megarubric.megatron.messages import LossSettings, TrainBatch, UpdateMetrics, Which, WorkerConfig  # noqa: E402
 from megarubric.megatron.model import Recompute, build_model, fp8_fields, read_config  # noqa: E402
@@ -94,7 +95,7 @@ class Trainer:
         # Commands and statistics go over gloo on the host on any machine, apart from the model's collectives.
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_s))
 
-        quantised = fp8_fields(config.fp8, config.fp8_bf16_layers)
+        quantised = fp8_fields(config.fp8, config.fp8_bf16_layers, config.fp8_parameters)
         recompute: Recompute = "full" if config.recompute else "none"
         models = build_model(self.hf, self.layout, dtype=self.dtype, recompute=recompute, **quantised)
         if config.init == "load":
@@ -105,13 +106,13 @@ class Trainer:
             config.beta1, config.beta2, config.eps, config.weight_decay, config.grad_clip, config.optimizer_offload
         )
         self.model = TrainedModel(models, self.dtype, adam)
+        self._reference = [_on_host(loadable(p)) for m in models for p in m.parameters()] if config.reference else None
         self.replay = RoutingReplay(self.model.chunks, recompute=config.recompute)
         self.pieces = model_pieces(self.model.chunks, self.hf, self.layout)
         self.manifest = self.family.manifest(self.hf)
         self.residence = Residence(self.model, self.device)
         self.steps = 0
         self._saving: checkpoint.Save | None = None
-        self._reference = [_on_host(p) for p in self.model.parameters()] if config.reference else None
 
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.packing = PackSettings(
@@ -444,11 +445,13 @@ class _Swapped:
     def __init__(self, trainer: Trainer) -> None:
         if trainer._reference is None:
             raise NoReference("this trainer keeps no reference: start it with reference = true")
-        self._parameters, self._reference = list(trainer.model.parameters()), trainer._reference
+        self._model, self._parameters = trainer.model, list(trainer.model.parameters())
+        self._reference = trainer._reference
         self._policy: list[Tensor] = []
 
     def __enter__(self) -> None:
-        self._policy = [_on_host(p) for p in self._parameters]
+        if not self._model.quantised:
+            self._policy = [_on_host(p) for p in self._parameters]
         self._put(self._reference)
 
     def __exit__(self, *_: object) -> None:
@@ -463,3 +466,6 @@ class _Swapped:
 
 def _on_host(parameter: Tensor) -> Tensor:
     return parameter.detach().to("cpu", copy=True)
+        if self._model.quantised:
+            self._model.weights_from_masters()  # what FP8 values stand for does not always quantise to them again
+            return

@@ -48,7 +48,7 @@ def load_hf(models: Sequence[torch.nn.Module], directory: str | Path, layout: Pa
                 overlap = place.overlap(piece.hf_index)
                 if overlap is not None:
                     stored, wanted = overlap
-                    read_rectangle(files.open(place.info.path, os.O_RDONLY), place.info, stored, piece.local[wanted])
+                    read_rectangle(files.open(place.info.path, os.O_RDONLY), place.info, stored, piece.place[wanted])
     return hf
 
 
@@ -73,7 +73,7 @@ def init_weights(
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
                 drawn = torch.empty(shape).normal_(std=std, generator=generator)
             for piece in pieces:
-                piece.local.copy_(drawn[piece.hf_index])
+                piece.place.copy_(drawn[piece.hf_index])
 
 
 # ------------------------------------------------------------------------------------------------------------ export

@@ -32,6 +32,15 @@ def minimal(tmp_path: Path) -> Path:
         ([*GPU, "train.fp8=delayed"], "fp8_bf16_layers must be 0"),
         ([*GPU, "train.fp8_bf16_layers=-1"], "must not be negative"),
         ([*GPU, "train.fp8=int8"], "train.fp8"),
+        ([*GPU, "train.fp8_parameters=true"], "train.fp8_parameters: needs a recipe to quantise the weights by"),
+        (
+            [*GPU, "train.fp8_parameters=true", "train.fp8=delayed", "train.fp8_bf16_layers=0"],
+            "train.fp8_parameters: delayed scaling would quantise the same masters otherwise after a restart",
+        ),
+        (
+            [*GPU, "train.fp8_parameters=true", "train.fp8=current", "train.optimizer_offload=true"],
+            "train.fp8_parameters: the optimizer on the host writes bf16 weights only",
+        ),
     ],
 )
 def test_refused_while_parsing(minimal: Path, overrides: list[str], words: str) -> None:
@@ -47,6 +56,22 @@ def test_what_can_run_parses(minimal: Path, card: str, recipe: str, layers: int)
     overrides = [f"parallel.card={card}", f"train.fp8={recipe}", f"train.fp8_bf16_layers={layers}"]
     train = load_train(minimal, ["model.dtype=bfloat16", *overrides]).train
     assert (train.fp8, train.fp8_bf16_layers) == (recipe, layers)
+
+
+@pytest.mark.parametrize(("card", "recipe"), [("h100", "current"), ("h100", "blockwise"), ("b200", "mxfp8")])
+def test_fp8_parameters_parse(minimal: Path, card: str, recipe: str) -> None:
+    overrides = ["model.dtype=bfloat16", f"parallel.card={card}", f"train.fp8={recipe}", "train.fp8_parameters=true"]
+    assert load_train(minimal, overrides).train.fp8_parameters
+
+
+def test_bytes_of_a_weight_in_fp8() -> None:
+    rows, columns = 4096, 2048
+    n = rows * columns
+    assert fp8.bytes_per_weight("current", 90) * n == 2 * n  # and its transpose
+    assert fp8.bytes_per_weight("current", 100) * n == n
+    assert fp8.bytes_per_weight("blockwise", 90) * n == 2 * (n + 4 * (rows // 128) * (columns // 128))
+    assert fp8.bytes_per_weight("mxfp8", 100) * n == 2 * n + rows * (columns // 32) + columns * (rows // 32)
+    assert fp8.bytes_per_weight("none", 90) == 0
 
 
 def test_model_sides_must_fit() -> None:
