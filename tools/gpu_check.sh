@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds, tests and benchmarks what needs the NVIDIA GPU of this machine. The reward ops need torch (a CUDA build, 2.10
 # or newer) and nvcc with its host compiler; nothing else of megarubric has to be installed. With the GPU environment
-# (requirements/gpu.lock, gpu-te.txt) whole runs follow: trainer and engines on one device, offload, FP8. pytest is
-# fetched into a temporary directory when it is missing.
+# (requirements/gpu.lock, gpu-te.txt) FP8 parameters and whole runs follow: trainer and engines on one device, offload,
+# FP8; with two GPUs what NCCL gives back while it is idle, too. pytest is fetched into a temporary directory when it is
+# missing.
 #
 #     tools/gpu_check.sh [--json FILE]        default FILE: gpu_check.json
 #
@@ -12,7 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 json=gpu_check.json
-if [ "${1:-}" = "--json" ] && [ -n "${2:-}" ]; then json=$2; elif [ $# -gt 0 ]; then sed -n '2,11p' "$0"; exit 2; fi
+if [ "${1:-}" = "--json" ] && [ -n "${2:-}" ]; then json=$2; elif [ $# -gt 0 ]; then sed -n '2,12p' "$0"; exit 2; fi
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 work=$(mktemp -d)
@@ -48,8 +49,9 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 
-echo "== whole runs (skipped without the GPU environment)"
-"$python" -m pytest tests/gpu/test_whole_run.py -q -rs -p no:cacheprovider 2>&1 | tee "$work/runs.log"
+echo "== NCCL, FP8 parameters, whole runs (skipped without the GPU environment, NCCL with one GPU)"
+"$python" -m pytest tests/gpu/test_nccl.py tests/gpu/test_fp8_parameters.py tests/gpu/test_whole_run.py -q -rsP \
+  -p no:cacheprovider 2>&1 | tee "$work/runs.log"
 runs=${PIPESTATUS[0]}
 
 echo "== benchmarks"
