@@ -195,9 +195,10 @@ class Parallel(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Exchange(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Weight exchange: flat buckets in each host's shared memory, two of `bucket_mb` MiB each."""
+    """Weight exchange: flat buckets, two of `bucket_mb` MiB each, in each host's shared memory or in each GPU's own."""
 
     bucket_mb: int = 64
+    through: Literal["auto", "host", "device"] = "auto"  # device: CUDA IPC, where engines and ranks share GPUs (auto)
     delta: bool = False  # between hosts, send what changed; costs host memory of what travels, at both ends
     verify: bool = True  # compare the engine's checksum with the trainer's after every exchange
 
@@ -262,6 +263,11 @@ class TrainConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     filter: Filter = Filter()
     wandb: Wandb = Wandb()
     slurm: slurm.Slurm = slurm.Slurm()
+
+    @property
+    def policy_gpus_per_node(self) -> int:
+        """GPUs of the fullest host that policy engines use: its first ones, as trainer ranks do."""
+        return -(-self.rollout.engines // self.parallel.nodes) * self.rollout.tensor_parallel
 
 
 class SftData(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -412,6 +418,19 @@ def check_fp8(t: Train, p: Parallel, dtype: str) -> str | None:
     return None
 
 
+def check_exchange(c: TrainConfig) -> str | None:
+    if c.exchange.through != "device":
+        return None
+    if c.exchange.delta:
+        return "exchange.delta: needs exchange.through host; through device whole buckets go between hosts"
+    if c.rollout.replay is None and c.policy_gpus_per_node > c.parallel.ranks_per_node:
+        return (
+            f"exchange.through: device, but policy engines use {c.policy_gpus_per_node} GPUs of a host "
+            f"and {c.parallel.ranks_per_node} have a trainer rank"
+        )
+    return None
+
+
 def is_url(judge: str | None) -> bool:
     """Whether a judge is named by a URL (and not by a model directory)."""
     return judge is not None and judge.startswith(("http://", "https://"))
@@ -430,6 +449,7 @@ def check_train(c: TrainConfig) -> str | None:
     if not wrong and (refused := slurm.refuse(c.slurm, c.parallel.ranks_per_node, c.parallel.card)):
         wrong = f"slurm.{refused}"
     wrong = wrong or _positive(c.exchange, "exchange", "bucket_mb") or _positive(c.checkpoint, "checkpoint", "keep")
+    wrong = wrong or check_exchange(c)
     if wrong:
         return wrong
     if c.data.heldout and c.data.holdout:

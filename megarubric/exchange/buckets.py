@@ -57,13 +57,25 @@ class TensorEntry(msgspec.Struct, frozen=True):
 class Bucket(msgspec.Struct, frozen=True):
     """A filled bucket: `segment` holds `entries` in its first `nbytes` bytes.
 
-    `checksum` is the `WeightDigest` of exactly these entries (32 hex digits).
+    `checksum` is the `WeightDigest` of exactly these entries.
     """
 
     segment: str
     nbytes: int
     entries: tuple[TensorEntry, ...]
     checksum: str
+
+
+class DeviceBuffers(msgspec.Struct, frozen=True):
+    """A trainer's two buckets in device memory, which stand in for segments: the same on every device with a rank.
+
+    `handles` has, by the device's UUID, the CUDA IPC handles of both, each `nbytes` long. A bucket in them has one of
+    `names` for its segment.
+    """
+
+    names: tuple[str, str]
+    nbytes: int
+    handles: dict[str, tuple[bytes, bytes]]
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -236,6 +248,15 @@ def tensor_view(buffer: memoryview, entry: TensorEntry) -> torch.Tensor:
         warnings.simplefilter("ignore", UserWarning)  # a read-only mapping: the reader only copies out of it
         flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=entry.offset)
     return flat.view(entry.shape)
+
+
+def tensor_in(buffer: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """`entry` as a view of a uint8 tensor on any device."""
+    import torch
+
+    check_entry(entry, len(buffer))
+    flat = buffer[entry.offset : entry.offset + entry.nbytes]
+    return flat.view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
 class Segment:

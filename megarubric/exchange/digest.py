@@ -129,7 +129,7 @@ def _torch_sums(data: torch.Tensor) -> torch.Tensor:
         h = x ^ shifted(x, 31)
         return torch.stack([h.sum(), ((h & 0xFFFFFFFF) * shifted(h, 32)).sum()])
 
-    sums = add(torch.tensor([len(data)], device=data.device), 0)
+    sums: torch.Tensor = add(torch.tensor([len(data)], device=data.device), 0)
     for start in range(0, len(data), _CHUNK_BYTES):
         chunk = data[start : start + _CHUNK_BYTES]
         words = torch.zeros(-(-len(chunk) // 8) * 8, dtype=torch.uint8, device=data.device)

@@ -10,6 +10,8 @@ after every expected tensor has arrived with the expected shape and dtype and th
 "direct" a bucket is checked and loaded at once: no second copy of the model, but once begun the old version is gone, so
 a fault leaves the engine without weights until an update succeeds. In either case it serves one whole version or none.
 
+Buckets in device memory are loaded directly, and checked where they lie: every worker hashes its own device's copy.
+
 Nothing here imports torch or vLLM; the workers' part is `megarubric.exchange.vllm_backend`.
 """
 
@@ -31,12 +33,14 @@ from megarubric.errors import BadInput, MegarubricError
 from megarubric.exchange.buckets import (
     Bucket,
     BucketError,
+    DeviceBuffers,
     Segment,
     TensorEntry,
     TensorSpec,
     WeightDigest,
     verify_bucket,
 )
+from megarubric.exchange.digest import TensorHash
 
 _SAFETENSORS_DTYPES = {
     "F32": "float32",
@@ -120,18 +124,30 @@ class Receiver:
         self._next_version = -1
         self._manifest: dict[str, TensorSpec] = {}
         self._digest = WeightDigest()
+        self._devices: DeviceBuffers | None = None
         self._pool: list[_Staged] = []
         self._staged: list[tuple[_Staged, Bucket]] = []
         self._started = 0.0
 
-    def begin(self, version: int, manifest: Sequence[TensorSpec]) -> None:
-        """Start receiving `version`. Raises UpdateRefused when another is under way or the manifest does not fit."""
+    def begin(self, version: int, manifest: Sequence[TensorSpec], devices: DeviceBuffers | None = None) -> None:
+        """Start receiving `version`, from shared memory or the trainer's buffers on the `devices`.
+
+        Raises UpdateRefused when another is under way, the manifest does not fit or the buffers cannot be opened.
+        """
         if self.state is State.RECEIVING:
             raise UpdateRefused(f"version {version}: version {self._next_version} is being received, abort it first")
         if version < 0:
             raise UpdateRefused(f"version {version}: versions are counted from 0")
-        self._manifest = self._check_manifest(version, manifest)
-        self._digest = WeightDigest()
+        checked = self._check_manifest(version, manifest)
+        if devices is not None:
+            if self.staging != "direct":
+                raise UpdateRefused(f"version {version}: weights in device memory need an engine with direct staging")
+            try:
+                self._ask("open_weight_buffers", msgspec.msgpack.encode(devices))
+            except BucketError as error:
+                raise UpdateRefused(f"version {version}: {error}") from error
+        self._manifest, self._devices = checked, devices
+        self._digest = WeightDigest("xxh3" if devices is None else "sum128")
         self._next_version = version
         self._started = time.monotonic()
         if self.staging == "direct":
@@ -148,13 +164,16 @@ class Receiver:
         try:
             for entry in bucket.entries:
                 self._check_entry(entry)
-            segment = Segment.open(bucket.segment)
-            try:
-                self._digest.update(verify_bucket(segment.buffer, bucket))
-                if self.staging == "host":
-                    self._stage(segment.buffer[: bucket.nbytes], bucket)
-            finally:
-                segment.close()
+            if self._devices is not None:
+                self._digest.update(self._verify_on_devices(bucket))
+            else:
+                segment = Segment.open(bucket.segment)
+                try:
+                    self._digest.update(verify_bucket(segment.buffer, bucket))
+                    if self.staging == "host":
+                        self._stage(segment.buffer[: bucket.nbytes], bucket)
+                finally:
+                    segment.close()
         except MegarubricError as error:
             self._forget()
             raise UpdateRefused(f"version {version}: {error}") from error
@@ -229,6 +248,7 @@ class Receiver:
         self._pool.extend(staged for staged, _ in self._staged)
         self._staged.clear()
         self._manifest, self._digest, self._next_version = {}, WeightDigest(), -1
+        self._devices = None
         if self.state is State.RECEIVING:
             self.state = State.READY if self.version >= 0 else State.BROKEN
 
@@ -239,6 +259,31 @@ class Receiver:
             self._pool.remove(staged)
         staged.fill(source)
         self._staged.append((staged, bucket))
+
+    def _verify_on_devices(self, bucket: Bucket) -> WeightDigest:
+        """The digest of a bucket in device memory, when every worker's copy has the sender's. Raises BucketError."""
+        digest = WeightDigest("sum128")
+        info = _update_info(bucket.segment, bucket)
+        for number, hashes in enumerate(self._ask("hash_weight_bucket", info["mapping"], info["entries"])):
+            digest = WeightDigest("sum128")
+            for entry, hashed in zip(bucket.entries, hashes, strict=True):
+                digest.add_hash(entry, hashed)
+            if digest.hexdigest() != bucket.checksum:
+                raise BucketError(
+                    f"bucket in {bucket.segment}: checksum {digest.hexdigest()} on the device of worker {number}, "
+                    f"the sender's is {bucket.checksum}"
+                )
+        return digest
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        """What every worker answers to something that leaves the model alone. Raises BucketError for any error."""
+        try:
+            return list(self._call_workers(method, args))
+        except Exception as error:
+            words = " ".join(str(error).split())
+            raise BucketError(
+                words if isinstance(error, MegarubricError) else f"{type(error).__name__}: {words}"
+            ) from error
 
     def _check_turn(self, version: int) -> None:
         if self.state is not State.RECEIVING:
@@ -328,9 +373,9 @@ def manifest_of(model_dir: Path) -> tuple[TensorSpec, ...]:
     )
 
 
-def checksum_of(model_dir: Path) -> str:
+def checksum_of(model_dir: Path, kind: TensorHash = "xxh3") -> str:
     """`WeightDigest` of a Hugging Face directory's safetensors files: what an update with the same bytes would have."""
-    digest = WeightDigest()
+    digest = WeightDigest(kind)
     for path in safetensors_files(model_dir):
         header, start = safetensors_header(path)
         with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapping:

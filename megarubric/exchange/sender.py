@@ -22,6 +22,7 @@ from megarubric.exchange import spread as spreading
 from megarubric.exchange.buckets import (
     Bucket,
     BucketTable,
+    DeviceBuffers,
     Segment,
     TensorEntry,
     TensorSpec,
@@ -59,6 +60,8 @@ class Sender:
     other hosts reach this one. delta: send between hosts what changed since the last version, for a host copy of what
     this rank sends and of what it receives. timeout_s: how long to wait for a rank of another host.
     """
+
+    devices: DeviceBuffers | None = None  # none: `device_sender` has them
 
     def __init__(
         self,

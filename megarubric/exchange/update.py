@@ -44,27 +44,28 @@ async def exchange(
 ) -> ExchangeReport:
     """Put the trainer's present weights in service on all `engines` as `version`.
 
-    Every engine reads the segments of its own host. Raises ExchangeError when `verify` finds an engine whose checksum
-    is not the trainer's, or an engine is on a host without trainer ranks; RemoteError and ProcessDied pass through
-    after the update was aborted.
+    Every engine reads the segments of its own host, or the buffers of its own devices. Raises ExchangeError when
+    `verify` finds an engine whose checksum is not the trainer's, or an engine is on a host without trainer ranks;
+    RemoteError and ProcessDied pass through after the update was aborted.
     """
     began = time.perf_counter()
     plan = await trainer.begin_publish(version)
+    on_devices = plan.devices is not None  # then an engine finds its own device's buffers, whichever host that is on
     for number, engine in enumerate(engines):
-        if engine.host >= len(plan.segments):
+        if not on_devices and engine.host >= len(plan.segments):
             raise ExchangeError(
                 f"engine {number} is on host {engine.host}, trainer ranks on {len(plan.segments)} hosts"
             )
     count = len(plan.table.buckets)
     try:
-        await asyncio.gather(*(e.begin_update(version, plan.table.manifest) for e in engines))
+        await asyncio.gather(*(e.begin_update(version, plan.table.manifest, plan.devices) for e in engines))
         loading: asyncio.Future[Any] | None = None
         for index in range(count):
             filled = await trainer.fill_bucket(version, index)
             if loading is not None:
                 await loading
             here = [msgspec.structs.replace(filled.bucket, segment=pair[index % 2]) for pair in plan.segments]
-            loading = asyncio.gather(*(e.load_bucket(version, here[e.host]) for e in engines))
+            loading = asyncio.gather(*(e.load_bucket(version, here[0 if on_devices else e.host]) for e in engines))
         if loading is not None:
             await loading
         ended = await trainer.end_publish(version)

@@ -53,6 +53,7 @@ def worker_config(
     reference: bool,
     bucket_mb: int,
     delta: bool = False,
+    through: Literal["host", "device"] = "host",
 ) -> WorkerConfig:
     """Settings of the trainer ranks. The shared-memory prefix is drawn anew: two runs on one host never meet."""
     cores = os.cpu_count() or 1
@@ -77,14 +78,15 @@ def worker_config(
         optimizer_offload=t.optimizer_offload,
         card=p.card,
         fp8=t.fp8,
-        fp8_bf16_layers=t.fp8_bf16_layers,
         fp8_parameters=t.fp8_parameters,
+        fp8_bf16_layers=t.fp8_bf16_layers,
         reference=reference,
         bucket_bytes=bucket_mb << 20,
         shm_prefix=f"megarubric-{secrets.token_hex(6)}",
         threads=p.threads or max(1, cores * p.nodes // p.ranks),
         hosts=p.nodes,
         exchange_delta=delta,
+        exchange_through=through,
     )
 
 
@@ -99,7 +101,22 @@ def train_worker_config(c: TrainConfig) -> WorkerConfig:
         reference=c.algorithm.kl_coef > 0,
         bucket_mb=c.exchange.bucket_mb,
         delta=c.exchange.delta,
+        through=weights_through(c),
     )
+
+
+def weights_through(c: TrainConfig) -> Literal["host", "device"]:
+    """Where this run's weights go to the engines. Raises BadInput for device memory on a host without GPUs.
+
+    Left open, it is device memory where every engine's GPUs have a trainer rank each (the first of a host, both), and
+    nothing asks for the other road: deltas go through host memory.
+    """
+    if c.exchange.through == "device" and not on_gpu():
+        raise BadInput("config", "exchange.through", "is device, and this host has no GPU")
+    if c.exchange.through != "auto":
+        return c.exchange.through
+    shared = c.rollout.replay is None and c.policy_gpus_per_node <= c.parallel.ranks_per_node
+    return "device" if on_gpu() and shared and not c.exchange.delta else "host"
 
 
 def sft_worker_config(c: SftConfig) -> WorkerConfig:
@@ -133,6 +150,9 @@ def engine_config(c: TrainConfig, role: Literal["policy", "judge"], judge_model:
             kv_cache_gib=r.cpu_kv_gib,
             threads=threads,
             seed=c.seed,
+            # On a GPU the old weights are gone before new ones come (sleep level 2): there is nothing to fall back on,
+            # and a second copy on the host would buy nothing.
+            staging="direct" if on_gpu() else "host",
         )
     return EngineConfig(
         model_dir=judge_model or j.model or c.model.path,

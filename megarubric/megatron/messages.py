@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megarubric.config import fp8
 from megarubric.errors import MegarubricError
-from megarubric.exchange.buckets import Bucket, BucketTable
+from megarubric.exchange.buckets import Bucket, BucketTable, DeviceBuffers
 from megarubric.exchange.rpc import Array, Frames, read_array
 
 Which = Literal["policy", "reference"]
@@ -57,6 +57,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     fp8_bf16_layers: int = 1  # so many first and last layers keep bf16 linears
     reference: bool = False  # keep a host copy of the first weights for KL to a reference
     bucket_bytes: int = 64 << 20
+    exchange_through: Literal["host", "device"] = "host"  # buckets in shared memory, or in the devices'
     hosts: int = 1  # host of a rank = rank * hosts // world
     exchange_delta: bool = False  # between hosts, send what changed since the last version
     shm_prefix: str = "megarubric"  # unique per run: names of shared memory segments begin with it
@@ -358,12 +359,14 @@ class Trained(msgspec.Struct, frozen=True, tag=True):
 
 
 class PublishPlan(msgspec.Struct, frozen=True, tag=True):
-    """The buckets that will be written, in order, and the two segments of each host they go to in turn."""
+    """The buckets that will be written, in order, and the two segments of each host they go to in turn; with `devices`
+    they go to the trainer's buffers there instead."""
 
     version: int
     table: BucketTable
     segments: tuple[tuple[str, str], ...]
     segment_bytes: int
+    devices: DeviceBuffers | None = None
 
 
 class Filled(msgspec.Struct, frozen=True, tag=True):
@@ -379,10 +382,10 @@ class WeightsChecksum(msgspec.Struct, frozen=True, tag=True):
     many they would have been without deltas."""
 
     checksum: str
-
-
     network_bytes: int = 0
     network_raw_bytes: int = 0
+
+
 class CheckpointSaved(msgspec.Struct, frozen=True, tag=True):
     """`nbytes` is 0 while the save goes on in the background."""
 

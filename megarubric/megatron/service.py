@@ -79,7 +79,8 @@ class Commands:
     def _begin_publish(self, body: m.BeginPublish, frames: Any) -> tuple[m.PublishPlan, Frames]:
         sender = self.trainer.sender
         sender.begin(body.version)
-        plan = m.PublishPlan(body.version, sender.table, sender.segments, sender.table.segment_bytes)
+        table = sender.table
+        plan = m.PublishPlan(body.version, table, sender.segments, table.segment_bytes, sender.devices)
         return plan, Frames()
 
     def _fill_bucket(self, body: m.FillBucket, frames: Any) -> tuple[Any, Frames]:

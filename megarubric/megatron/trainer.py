@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megarubric.config import fp8
 from megarubric.errors import MegarubricError
+from megarubric.exchange.device_sender import DeviceSender
 from megarubric.exchange.rpc import CurveKeys
 from megarubric.exchange.sender import Sender
 from megarubric.megatron import cpu
@@ -32,8 +33,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 
 from megarubric.megatron import checkpoint, device, parallel, weights  # noqa: E402
 from megarubric.megatron.families import family_of  # noqa: E402
-from megarubric.megatron.logprob import token_logprobs  # noqa: E402
 from megarubric.megatron.fp8_params import loadable  # noqa: E402
+from megarubric.megatron.logprob import token_logprobs  # noqa: E402
 from megarubric.megatron.loss import LossSums, TokenInputs, policy_loss  # noqa: E402
 from megarubric.megatron.messages import LossSettings, TrainBatch, UpdateMetrics, Which, WorkerConfig  # noqa: E402
 from megarubric.megatron.model import Recompute, build_model, fp8_fields, read_config  # noqa: E402
@@ -105,8 +106,8 @@ class Trainer:
         adam = AdamSettings(
             config.beta1, config.beta2, config.eps, config.weight_decay, config.grad_clip, config.optimizer_offload
         )
-        self.model = TrainedModel(models, self.dtype, adam)
         self._reference = [_on_host(loadable(p)) for m in models for p in m.parameters()] if config.reference else None
+        self.model = TrainedModel(models, self.dtype, adam)
         self.replay = RoutingReplay(self.model.chunks, recompute=config.recompute)
         self.pieces = model_pieces(self.model.chunks, self.hf, self.layout)
         self.manifest = self.family.manifest(self.hf)
@@ -124,7 +125,21 @@ class Trainer:
         )
         # One tensor-parallel rank of the last stage speaks for its data: each token's values are reported once.
         self._reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-        self.sender = Sender(
+        self.sender = self._make_sender(keys)
+
+    def _make_sender(self, keys: CurveKeys | None) -> Sender | DeviceSender:
+        config = self.config
+        if config.exchange_through == "device":
+            return DeviceSender(
+                self.manifest,
+                self.dtype,
+                self.pieces,
+                group=self.control,
+                device=self.device,
+                name=config.shm_prefix,
+                bucket_bytes=config.bucket_bytes,
+            )
+        return Sender(
             self.manifest,
             self.dtype,
             self.pieces,
@@ -455,6 +470,9 @@ class _Swapped:
         self._put(self._reference)
 
     def __exit__(self, *_: object) -> None:
+        if self._model.quantised:
+            self._model.weights_from_masters()  # what FP8 values stand for does not always quantise to them again
+            return
         self._put(self._policy)
         self._policy = []
 
@@ -466,6 +484,3 @@ class _Swapped:
 
 def _on_host(parameter: Tensor) -> Tensor:
     return parameter.detach().to("cpu", copy=True)
-        if self._model.quantised:
-            self._model.weights_from_masters()  # what FP8 values stand for does not always quantise to them again
-            return

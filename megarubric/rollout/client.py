@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from megarubric.exchange.buckets import Bucket, TensorSpec
+from megarubric.exchange.buckets import Bucket, DeviceBuffers, TensorSpec
 from megarubric.exchange.rpc import Client, CurveKeys, Frames
 from megarubric.rollout import messages as m
 from megarubric.rollout.messages import Completion, GenerateRequest, TokenScores, TokenTierQuery
@@ -89,9 +89,12 @@ class EngineClient:
             for lp, e in zip(m.unpack_ragged(reply.logprobs, raw), reply.ends, strict=True)
         ]
 
-    async def begin_update(self, version: int, manifest: Sequence[TensorSpec]) -> m.Weights:
-        """Announce weight version `version`, made of the tensors in `manifest`."""
-        return await self._call(m.BeginUpdate(version, tuple(manifest)))
+    async def begin_update(
+        self, version: int, manifest: Sequence[TensorSpec], devices: DeviceBuffers | None = None
+    ) -> m.Weights:
+        """Announce weight version `version`, made of the tensors in `manifest`, in shared memory or in the trainer's
+        buffers on `devices`."""
+        return await self._call(m.BeginUpdate(version, tuple(manifest), devices))
 
     async def load_bucket(self, version: int, bucket: Bucket) -> m.Weights:
         """Have a filled bucket taken in; when this returns its segment may be filled again."""

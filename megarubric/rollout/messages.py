@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from megarubric.exchange.buckets import Bucket, TensorSpec
+from megarubric.exchange.buckets import Bucket, DeviceBuffers, TensorSpec
 from megarubric.exchange.rpc import Array, Frames, WireError, read_array
 
 
@@ -218,10 +218,12 @@ class ScoreTokens(msgspec.Struct, frozen=True, tag=True):
 
 
 class BeginUpdate(msgspec.Struct, frozen=True, tag=True):
-    """Announce weight version `version` with every tensor it will have."""
+    """Announce weight version `version` with every tensor it will have, and the device buffers it will come through
+    (None: shared memory)."""
 
     version: int
     manifest: tuple[TensorSpec, ...]
+    devices: DeviceBuffers | None = None
 
 
 class LoadBucket(msgspec.Struct, frozen=True, tag=True):

@@ -125,8 +125,8 @@ class EngineLoop:
             case m.Shutdown():
                 self.stopping = True
                 call.reply(m.Done())
-            case m.BeginUpdate(version, manifest) if self.receiver.staging == "host":
-                self.receiver.begin(version, manifest)
+            case m.BeginUpdate(version, manifest, devices) if self.receiver.staging == "host":
+                self.receiver.begin(version, manifest, devices)
                 call.reply(self._weights())
             case m.LoadBucket(version, bucket):
                 self.receiver.load(version, bucket)
@@ -163,9 +163,9 @@ class EngineLoop:
                 self._tier_logprobs(call, queries, m.unpack_ragged(tier_tokens, call.frames))
             case m.ScoreTokens(sequences):
                 self._score_tokens(call, m.unpack_ragged(sequences, call.frames))
-            case m.BeginUpdate(version, manifest):
+            case m.BeginUpdate(version, manifest, devices):
                 self._need_weights_awake(version)
-                self.receiver.begin(version, manifest)
+                self.receiver.begin(version, manifest, devices)
                 call.reply(self._weights())
             case m.FinishUpdate():
                 self._finish_update(call)
