@@ -96,6 +96,8 @@ def test_dump_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
         ("algorithm.kl_coef=-1", "algorithm.kl_coef: must not be negative"),
         ("train.lr=.nan", "train.lr: nan is not a finite number"),
         ("rollout.temperature=.inf", "rollout.temperature: inf is not a finite number"),
+        ("exchange.through=gpu", "exchange.through"),
+        ("exchange={through: device, delta: true}", "exchange.delta: needs exchange.through host"),
         ("name=a/b", "is not a run name"),
         ("train", "section.key=value"),
         ("train.lr.x=1", "train.lr"),
@@ -106,6 +108,13 @@ def test_refused_in_one_line(minimal: Path, override: str, words: str) -> None:
         load_train(minimal, [*(["train.lr=0.1"] if override == "train.lr.x=1" else []), override])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_device_buffers_need_a_rank_on_every_gpu_of_an_engine(minimal: Path) -> None:
+    with pytest.raises(BadInput, match="policy engines use 2 GPUs of a host and 1 have a trainer rank"):
+        load_train(minimal, ["exchange.through=device", "rollout.tensor_parallel=2"])
+    two_hosts = ["exchange.through=device", "rollout.engines=4", "parallel={ranks: 4, nodes: 2, ep: 2}"]
+    assert load_train(minimal, two_hosts).policy_gpus_per_node == 2
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "name: [\n", "name: t\n", "\x00"])

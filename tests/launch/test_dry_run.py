@@ -82,3 +82,18 @@ def test_engines_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.engine_devices(1, 1) == {"CUDA_VISIBLE_DEVICES": "7"}
     with pytest.raises(plan.BadInput, match="engine 1 of 2 needs more than the 3 visible"):
         plan.engine_devices(1, 2)
+
+
+def test_weights_stay_on_the_devices_that_ranks_and_engines_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    def through(*overrides: str) -> str:
+        return plan.weights_through(load_train("configs/smoke.yaml", list(overrides)))
+
+    monkeypatch.setattr(plan, "on_gpu", lambda: False)
+    assert through() == "host" == plan.train_worker_config(load_train("configs/smoke.yaml", [])).exchange_through
+    assert plan.engine_config(load_train("configs/smoke.yaml", []), "policy").staging == "host"
+    with pytest.raises(plan.BadInput, match=r"exchange.through: is device, and this host has no GPU"):
+        through("exchange.through=device")
+    monkeypatch.setattr(plan, "on_gpu", lambda: True)
+    assert through() == "device" == plan.train_worker_config(load_train("configs/smoke.yaml", [])).exchange_through
+    assert plan.engine_config(load_train("configs/smoke.yaml", []), "policy").staging == "direct"
+    assert through("exchange.through=host") == through("rollout.engines=9") == through("exchange.delta=true") == "host"
