@@ -49,6 +49,10 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 
+echo "== weights through device memory (its runs are skipped without the GPU environment)"
+"$python" -m pytest tests/gpu/test_device_exchange.py -q -rsP -p no:cacheprovider 2>&1 | tee "$work/exchange.log"
+exchange=${PIPESTATUS[0]}
+
 echo "== NCCL, FP8 parameters, whole runs (skipped without the GPU environment, NCCL with one GPU)"
 "$python" -m pytest tests/gpu/test_nccl.py tests/gpu/test_fp8_parameters.py tests/gpu/test_whole_run.py -q -rsP \
   -p no:cacheprovider 2>&1 | tee "$work/runs.log"
@@ -59,13 +63,13 @@ echo "== benchmarks"
 "$python" benchmarks/reward_ops.py --device cuda --samples 2000000 --criteria 48 --pairs 16 --json "$work/48.json"
 "$python" benchmarks/reward_ops.py --device cuda --samples 8000000 --plain --json "$work/plain.json"
 
-"$python" - "$work" "$json" "$build_s" "$tests" "$sanitizer" "$runs" <<'PY'
+"$python" - "$work" "$json" "$build_s" "$tests" "$sanitizer" "$runs" "$exchange" <<'PY'
 import json, pathlib, re, sys
-work, target, build_s, tests, sanitizer, whole = sys.argv[1:]
+work, target, build_s, tests, sanitizer, whole, exchange = sys.argv[1:]
 runs = [json.loads(p.read_text()) for p in sorted(pathlib.Path(work).glob("*.json"))]
 last = pathlib.Path(work, "tests.log").read_text().strip().splitlines()[-1]
 report = {"build_seconds": int(build_s), "tests": last, "tests_passed": tests == "0", "whole_runs": pathlib.Path(work, "runs.log").read_text().strip().splitlines()[-1],
-          "whole_runs_passed": whole == "0", "sanitizer": sanitizer, "benchmarks": runs}
+          "whole_runs_passed": whole == "0", "exchange": pathlib.Path(work, "exchange.log").read_text().strip().splitlines()[-1], "exchange_passed": exchange == "0", "sanitizer": sanitizer, "benchmarks": runs}
 pathlib.Path(target).write_text(json.dumps(report, indent=1) + "\n")
 print(f"\nbuild {build_s} s | tests: {last} | sanitizer: {sanitizer}")
 print(f"{'samples':>10} {'K':>4} {'pairs':>5} {'saturated':>9} {'op ms':>8} {'GB/s':>7} {'of copy':>8} {'eager/op':>9}")
@@ -74,4 +78,4 @@ for r in runs:
           f" {r['gigabytes_per_second']['op']:>7.0f} {1 / r['op_over_stream']:>8.0%} {r['eager_over_op']:>9.1f}")
 print(f"written: {target}")
 PY
-[ "$tests" = 0 ] && [ "$runs" = 0 ] && [ "$sanitizer" != failed ]
+[ "$tests" = 0 ] && [ "$exchange" = 0 ] && [ "$runs" = 0 ] && [ "$sanitizer" != failed ]
