@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megarubric.config import TrainConfig, dump
+from megarubric.launch import plan
 from megarubric.launch.judge import engines_of, second_index
 from megarubric.launch.memory import WIDTH, StageMemory, model_size, stage_memory
 from megarubric.launch.network import received_bytes
+from megarubric.megatron.families import family_of
 
 CONTEXT_GB = 3.0  # of a GPU: the CUDA context and NCCL's buffers
 
@@ -58,7 +61,7 @@ def memory_table(c: TrainConfig, hf: Mapping[str, Any]) -> list[str]:
             + (f"  {s.fp8_copies / 1e9:>25.2f}" if s.fp8_copies else "")
         )
     if c.parallel.device_gb is None:
-        return [*lines, f"exchange buckets {_buckets_gb(c):.2f} GB in shared memory, once a host"]
+        return [*lines, f"exchange buckets {_buckets_gb(c, hf):.2f} GB in shared memory, once a host"]
     return [*lines, "", *_phases(c, hf, stages, c.parallel.device_gb)]
 
 
@@ -86,16 +89,20 @@ def _phases(c: TrainConfig, hf: Mapping[str, Any], stages: Sequence[StageMemory]
     judges = 2 if len(own) > 1 and own[-1] == "second-judge" and second_index(c) == 0 else len(own[:1])
     judge = judges * c.judge.gpu_memory_utilization
     standing = max(s.parameters for s in stages) / 1e9
+    # In device memory they stay for as long as the run lives; in the host's they are on no device at all.
+    kept = _buckets_gb(c, hf) if plan.weights_through(c, gpus=True) == "device" else 0.0
+    stay = ", two buckets" if kept else ""
     need = {
         "write and judge": (
-            device * (r.gpu_memory_utilization + judge),
+            device * (r.gpu_memory_utilization + judge) + kept,
             f"policy {r.gpu_memory_utilization:.0%} of the device"
-            + (f", {'both judges' if judges > 1 else 'judge'} {judge:.0%}" if judges else ""),
+            + (f", {'both judges' if judges > 1 else 'judge'} {judge:.0%}" if judges else "")
+            + stay,
         ),
-        "train": (max(s.total for s in stages) / 1e9, "the fullest rank, engines asleep"),
+        "train": (max(s.total for s in stages) / 1e9 + kept, f"the fullest rank, engines asleep{stay}"),
         "exchange": (
-            standing + policy + _buckets_gb(c),
-            f"a rank's parameters, the policy's weights / {r.tensor_parallel}, two buckets",
+            standing + policy + kept,
+            f"a rank's parameters, the policy's weights / {r.tensor_parallel}{stay}",
         ),
     }
     lines = [f"# a GPU of {device:g} GB, phase by phase, {CONTEXT_GB:g} GB of it for CUDA and NCCL"]
@@ -112,5 +119,7 @@ def _phases(c: TrainConfig, hf: Mapping[str, Any], stages: Sequence[StageMemory]
     return lines
 
 
-def _buckets_gb(c: TrainConfig) -> float:
-    return 2 * c.exchange.bucket_mb * 2**20 / 1e9
+def _buckets_gb(c: TrainConfig, hf: Mapping[str, Any]) -> float:
+    """Both buckets; a tensor that is larger than one gets one of its size."""
+    largest = max(math.prod(shape) for shape in family_of(hf, "config.json").manifest(hf).values())
+    return 2 * max(c.exchange.bucket_mb * 2**20, largest * WIDTH[c.model.dtype]) / 1e9

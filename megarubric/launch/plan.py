@@ -101,22 +101,23 @@ def train_worker_config(c: TrainConfig) -> WorkerConfig:
         reference=c.algorithm.kl_coef > 0,
         bucket_mb=c.exchange.bucket_mb,
         delta=c.exchange.delta,
-        through=weights_through(c),
+        through=weights_through(c, gpus=on_gpu()),
     )
 
 
-def weights_through(c: TrainConfig) -> Literal["host", "device"]:
-    """Where this run's weights go to the engines. Raises BadInput for device memory on a host without GPUs.
+def weights_through(c: TrainConfig, *, gpus: bool) -> Literal["host", "device"]:
+    """Where the weights of this run, on hosts with or without `gpus`, go to the engines. Raises BadInput for device
+    memory without GPUs.
 
     Left open, it is device memory where every engine's GPUs have a trainer rank each (the first of a host, both), and
     nothing asks for the other road: deltas go through host memory.
     """
-    if c.exchange.through == "device" and not on_gpu():
+    if c.exchange.through == "device" and not gpus:
         raise BadInput("config", "exchange.through", "is device, and this host has no GPU")
     if c.exchange.through != "auto":
         return c.exchange.through
     shared = c.rollout.replay is None and c.policy_gpus_per_node <= c.parallel.ranks_per_node
-    return "device" if on_gpu() and shared and not c.exchange.delta else "host"
+    return "device" if gpus and shared and not c.exchange.delta else "host"
 
 
 def sft_worker_config(c: SftConfig) -> WorkerConfig:

@@ -35,7 +35,7 @@ def test_shipped_configurations_fit_their_devices(name: str, capsys: pytest.Capt
 
 def test_two_judges_on_one_gpu_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     for engines, words in (
-        (2, "DOES NOT FIT: 31.0 GB too much  (policy 45% of the device, both judges 90%)"),
+        (2, "DOES NOT FIT: 32.2 GB too much  (policy 45% of the device, both judges 90%, two buckets)"),
         (1, "fits"),
     ):
         overrides = [f"judge.engines={engines}", "judge.second=Qwen3-30B-A3B"]
@@ -86,14 +86,14 @@ def test_engines_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_stay_on_the_devices_that_ranks_and_engines_share(monkeypatch: pytest.MonkeyPatch) -> None:
     def through(*overrides: str) -> str:
-        return plan.weights_through(load_train("configs/smoke.yaml", list(overrides)))
+        return plan.train_worker_config(load_train("configs/smoke.yaml", list(overrides))).exchange_through
 
     monkeypatch.setattr(plan, "on_gpu", lambda: False)
-    assert through() == "host" == plan.train_worker_config(load_train("configs/smoke.yaml", [])).exchange_through
+    assert through() == "host"
     assert plan.engine_config(load_train("configs/smoke.yaml", []), "policy").staging == "host"
     with pytest.raises(plan.BadInput, match=r"exchange.through: is device, and this host has no GPU"):
         through("exchange.through=device")
     monkeypatch.setattr(plan, "on_gpu", lambda: True)
-    assert through() == "device" == plan.train_worker_config(load_train("configs/smoke.yaml", [])).exchange_through
+    assert through() == "device"
     assert plan.engine_config(load_train("configs/smoke.yaml", []), "policy").staging == "direct"
     assert through("exchange.through=host") == through("rollout.engines=9") == through("exchange.delta=true") == "host"
