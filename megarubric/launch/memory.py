@@ -201,14 +201,16 @@ def _activations(
 ) -> float:
     """Bytes that one micro-batch keeps in `layers` and around them, on a rank."""
     width, hidden = WIDTH[dtype], hf["hidden_size"]
-    each = [_layer_bytes(family, hf, dtype, kernels, layer) for layer in layers]
+    each = [_layer_bytes(family, hf, dtype, kernels, layer, p.cp) for layer in layers]
     around = KEPT[kernels, dtype].around * hidden * width
+    if kernels == "local" and p.cp > 1:  # the mask of a sequence that fills the micro-batch, one for all layers
+        around += tokens / 2 * p.cp * width * p.tp
     if t.recompute:  # every layer's input, and one layer in full while it is computed again
         return tokens / p.tp * (len(layers) * hidden * width + max(each) + around)
     return tokens / p.tp * (sum(each) + around)
 
 
-def _layer_bytes(family: Family, hf: dict[str, Any], dtype: str, kernels: Kernels, layer: int) -> float:
+def _layer_bytes(family: Family, hf: dict[str, Any], dtype: str, kernels: Kernels, layer: int, cp: int) -> float:
     k, width, hidden = KEPT[kernels, dtype], WIDTH[dtype], hf["hidden_size"]
     head = hf.get("head_dim") or hidden // hf["num_attention_heads"]
     heads, kv = hf["num_attention_heads"], hf["num_key_value_heads"]
@@ -218,6 +220,8 @@ def _layer_bytes(family: Family, hf: dict[str, Any], dtype: str, kernels: Kernel
         experts, chosen, inner = 0, 1, hf["intermediate_size"]
     values = hidden * k.hidden + heads * head * k.query + kv * head * k.key_value + head * k.head_dim
     values += chosen * (hidden * k.expert_input + inner * k.expert_width)
+    if kernels == "local":  # keys and values of the other context-parallel ranks; Transformer Engine keeps the own ones
+        values += (cp - 1) * 2 * heads * head
     extra = experts * k.expert_bytes + heads * k.head_bytes + kv * k.head_bytes / 2
     return values * width + extra + (chosen * k.choice_bytes if experts else 0)
 

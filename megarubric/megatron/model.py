@@ -7,8 +7,10 @@ Forward of packed sequences, the same call on CPU and GPU (T tokens of S sequenc
 
 input_ids and position_ids int64[1, T]; cu int32[S + 1], from 0 to T without a gap, so padding at the end is a sequence
 of its own; m the longest length, a Python int. T must be a multiple of `layout.tp` (sequence parallelism divides it).
-position_ids are not read (rotary positions follow cu), but must be given. logits are [1, T, V_padded / tp] in the
-model's dtype: vocabulary-parallel over the TP group; columns that pad the vocabulary hold PADDING_LOGIT.
+Under context parallelism cu and m speak of all ranks' tokens, every (padded) length is a multiple of 2 cp, and
+input_ids are this rank's share, see `packing.context_share`. position_ids are not read (rotary positions follow cu),
+but must be given. logits are [1, T, V_padded / tp] in the model's dtype: vocabulary-parallel over the TP group; columns
+that pad the vocabulary hold PADDING_LOGIT.
 
 With pipeline stages every chunk is called by Megatron's schedule, on all ranks alike:
 
@@ -45,6 +47,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.extensions.transformer_engine import HAVE_TE  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
@@ -84,7 +87,7 @@ def transformer_config(
     """
     hf, where = read_config(hf_config)
     family = family_of(hf, where)
-    implementation = implementation or ("transformer_engine" if torch.cuda.is_available() else "local")
+    implementation = implementation or ("transformer_engine" if torch.cuda.is_available() and HAVE_TE else "local")
     engine = implementation == "transformer_engine"
     fields: dict[str, Any] = {
         **family.transformer_fields(hf),
@@ -167,8 +170,8 @@ def build_model(
     """The model chunks this rank holds (one, or `layout.vpp`), with weights not yet set.
 
     Needs `parallel.initialize(layout)`. Fill the weights with `weights.load_hf` or `weights.init_weights`; only the
-    rows that pad the vocabulary are set (to zero) here. `implementation` is Transformer Engine's modules with CUDA,
-    those of layers.py without. Raises BadInput for a config or a layout that cannot run.
+    rows that pad the vocabulary are set (to zero) here. `implementation` is Transformer Engine's modules with CUDA and
+    Transformer Engine, those of layers.py without. Raises BadInput for a config or a layout that cannot run.
     """
     hf, where = read_config(hf_config)
     family = family_of(hf, where)

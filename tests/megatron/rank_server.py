@@ -104,14 +104,14 @@ def main() -> None:
     from megarubric.megatron import cpu
 
     cpu.ensure()
-    # Everything the jobs import, so that no forked rank has to.
-    import megatron.core.optimizer
-    import megatron.core.pipeline_parallel  # noqa: F401
+    # Everything the jobs import, so that no forked rank has to: torch's compiler, which its optimizers ask at their
+    # first step, takes longer than most of the steps here.
     import safetensors.torch  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.checkpoint
 
-    import megarubric.megatron.model
-    import megarubric.megatron.parallel
-    import megarubric.megatron.weights  # noqa: F401
+    import megarubric.megatron.trainer
+    import megarubric.recipe.algorithms  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -197,13 +197,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2": (2, {"pp": 2}),
     "TP2": (2, {"tp": 2}),
     "EP2xPP2": (4, {"ep": 2, "pp": 2}),
+    "CP2xEP2": (2, {"cp": 2, "ep": 2}),
 }
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("EP2", "PP2"), ("PP2", "EP2"), ("EP2xPP2", "TP2"), ("TP2", "one rank"), ("one rank", "DP2")],
+    [
+        ("EP2", "PP2"),
+        ("PP2", "EP2"),
+        ("EP2xPP2", "TP2"),
+        ("TP2", "one rank"),
+        ("one rank", "DP2"),
+        ("CP2xEP2", "one rank"),
+    ],
     ids=lambda name: name,
 )
 def test_another_layout_goes_on_with_the_same_numbers(ranks, model_dir, tmp_path, first, second):

@@ -174,27 +174,37 @@ def run_schedule(chunks: list[Any], vocab_size: int, layout: Any, reference: dic
     from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
     dp, dp_rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    cp, cp_rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
     mine = [(i, batch) for i, batch in enumerate(micro_batches(vocab_size)) if i % dp == dp_rank]
     total, logits_off = torch.zeros(()), 0.0
 
     def step(iterator: Any, model: Any) -> Any:
         i, batch = next(iterator)
         ends = torch.cat([torch.zeros(1, dtype=torch.int32), batch["ends"].int()])
-        longest = max(batch["lengths"])
+        held, padded = share(batch["lengths"], cp, cp_rank)
+        longest = int(padded.diff().max())
         packed = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         )
-        ids = batch["ids"][None]
+        real, at = held >= 0, held.clamp(min=0)
+        ids = (batch["ids"][at] * real)[None]
         output = model(ids, torch.zeros_like(ids), None, packed_seq_params=packed)
 
         def loss(logits: Any) -> Any:
             nonlocal total, logits_off
             with torch.no_grad():
                 whole = gather_from_tensor_model_parallel_region(logits)[0, :, :vocab_size]
-                logits_off = max(logits_off, float((whole - reference[f"logits.{i}"]).abs().max()))
+                off = (whole - reference[f"logits.{i}"][at])[real]
+                logits_off = max(logits_off, float(off.abs().amax())) if len(off) else logits_off
             # [1, T, V/tp] -> [T, 1, V/tp], Megatron's order
-            losses = vocab_parallel_cross_entropy(logits.transpose(0, 1).contiguous(), batch["targets"][:, None])
-            value = (losses[:, 0] * batch["weights"]).sum()
+            losses = vocab_parallel_cross_entropy(logits.transpose(0, 1).contiguous(), batch["targets"][at, None])
+            value = (losses[:, 0] * batch["weights"][at] * real).sum()
             total = total + value.detach()
             return value, torch.ones((), dtype=torch.int), {}
 
@@ -213,8 +223,26 @@ def run_schedule(chunks: list[Any], vocab_size: int, layout: Any, reference: dic
     )
     if not mpu.is_pipeline_last_stage():
         return {"loss": None, "logits_off": None}
-    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
     return {"loss": float(total), "logits_off": logits_off}
+
+
+def share(lengths: list[int], cp: int, rank: int) -> tuple[Any, Any]:
+    """Positions in the batch that a context-parallel rank holds, -1 where it pads, and the ends of the padded
+    sequences: each is cut into 2 cp chunks, of which the rank has the one of its number from either end."""
+    import torch
+
+    held, ends, start = [], [0], 0
+    for n in lengths:
+        chunk = -(-n // (2 * cp)) if cp > 1 else n
+        size = 2 * cp * chunk if cp > 1 else n
+        positions = torch.arange(start, start + size)
+        positions[n:] = -1
+        chunks = positions.split(chunk)
+        held += [chunks[rank], chunks[-1 - rank]] if cp > 1 else chunks
+        ends.append(ends[-1] + size)
+        start += n
+    return torch.cat(held), torch.tensor(ends, dtype=torch.int32)
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +265,11 @@ LAYOUTS = [
     pytest.param(4, {"tp": 2, "pp": 2, "ep": 2}, {"recompute": "full"}, id="tp2-pp2-ep2-recompute"),
     pytest.param(4, {"tp": 4, "ep": 2, "etp": 2}, {}, id="tp4-ep2-etp2"),
     pytest.param(4, {"pp": 4, "vpp": 2}, {"recompute": "selective"}, id="pp4-vpp2-recompute"),
+    pytest.param(2, {"cp": 2, "ep": 2}, {}, id="cp2-ep2"),
+    pytest.param(4, {"cp": 2, "pp": 2}, {"recompute": "selective"}, id="cp2-pp2-recompute"),
+    pytest.param(4, {"cp": 2, "tp": 2, "ep": 4}, {}, id="cp2-tp2-ep4"),
 ]
-SHARDED: list[dict[str, Any]] = [{}, {"ep": 2}, {"tp": 2, "pp": 2, "ep": 2}]
+SHARDED: list[dict[str, Any]] = [{}, {"ep": 2}, {"tp": 2, "pp": 2, "ep": 2}, {"cp": 2, "ep": 2}]
 
 
 @pytest.mark.parametrize("world,layout,options", LAYOUTS)
