@@ -15,7 +15,7 @@ from megarubric.recipe.algorithms import algorithm
 from megarubric.recipe.experience import make_batch, score, write_and_judge
 from megarubric.recipe.learning import learn, learning_rate
 from megarubric.recipe.records import write_rollouts
-from megarubric.recipe.statistics import step_metrics
+from megarubric.recipe.statistics import exchange_metrics, step_metrics
 
 
 class Clock:
@@ -68,12 +68,11 @@ async def train(run: Run) -> None:
             # Exchange: the new weights go into service on every policy engine, as one version.
             with clock("exchange"):
                 state.version += 1
-                sent = await system.publish(state.version, c.exchange.verify)
+                exchanged = await system.publish(state.version, c.exchange.verify)
 
         state.step = step
         metrics = step_metrics(answers, degenerate, times, trained) | judge.metrics() | clock.seconds
-        metrics["perf/exchange_bytes"] = sent
-        metrics["train/weight_version"] = state.version
+        metrics |= exchange_metrics(exchanged) | {"train/weight_version": state.version}
         await run.settle()
         last, best = step == c.train.steps, False
         if run.heldout and run.sampler and (last or (c.evaluate.every and step % c.evaluate.every == 0)):

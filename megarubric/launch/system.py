@@ -13,7 +13,7 @@ from megarubric.config import TrainConfig
 from megarubric.errors import MegarubricError, ProcessDied
 from megarubric.exchange.buckets import sweep
 from megarubric.exchange.rpc import ipc_endpoint
-from megarubric.exchange.update import exchange
+from megarubric.exchange.update import ExchangeReport, exchange
 from megarubric.judging.judge import Judge
 from megarubric.launch import hosts, plan
 from megarubric.launch.hosts import Place
@@ -135,14 +135,14 @@ class System:
     async def _sleep(self, policy_level: Literal[1, 2]) -> None:
         await asyncio.gather(*(p.sleep(policy_level) for p in self.policies), *(j.sleep(1) for j in self.judge_engines))
 
-    async def publish(self, version: int, verify: bool) -> int:
+    async def publish(self, version: int, verify: bool) -> ExchangeReport | None:
         """The trainer's weights go into service as `version` on every policy engine, and the devices back to the
         engines: gradients and optimizer leave, the engines' weights come, then the trainer's parameters leave, then
-        the KV caches come. So a device never holds more than both sets of weights. Returns the bytes sent."""
+        the KV caches come. So a device never holds more than both sets of weights. None without engines."""
         assert self.trainer is not None
         self.weight_version = version
         if not self.policies:
-            return 0
+            return None
         if self.shares_devices:
             await self.trainer.offload()
             await asyncio.gather(*(p.wake(("weights",)) for p in self.policies))
@@ -153,7 +153,7 @@ class System:
             await asyncio.gather(
                 *(p.wake(("kv_cache",)) for p in self.policies), *(j.wake() for j in self.judge_engines)
             )
-        return report.nbytes
+        return report
 
     async def cause(self, error: ProcessDied) -> str:
         """Which process ended first, in one line. A trainer rank that lost another only says so; a person wants to know

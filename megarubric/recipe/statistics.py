@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megarubric.evaluate.summary import summarize
+from megarubric.exchange.update import ExchangeReport
 from megarubric.megatron.messages import Trained
 from megarubric.recipe.experience import Answer, WritingTimes
 
@@ -64,3 +65,11 @@ def step_metrics(
         "train/padding_fraction": last.padding_fraction,
         "train/optimizer_steps": float(trained.steps),
     }
+
+
+def exchange_metrics(report: ExchangeReport | None) -> dict[str, float]:
+    """Bytes of weights that each engine took in, and bytes that went between hosts; none without engines."""
+    if report is None:
+        return {"perf/exchange_bytes": 0.0}
+    between = {"perf/exchange_network_bytes": float(report.network_bytes)} if report.network_raw_bytes else {}
+    return {"perf/exchange_bytes": float(report.nbytes)} | between
