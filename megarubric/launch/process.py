@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
+
+import setproctitle
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -28,8 +29,5 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def set_title(title: str) -> None:
-    """Name this process for ps(1) and top(1), where the setproctitle package is installed."""
-    with contextlib.suppress(ImportError):
-        import setproctitle
-
-        setproctitle.setproctitle(title)
+    """Name this process for ps(1) and top(1)."""
+    setproctitle.setproctitle(title)

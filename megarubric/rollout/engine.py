@@ -27,7 +27,7 @@ import msgspec
 
 from megarubric.errors import BadInput, MegarubricError
 from megarubric.exchange.rpc import CurveKeys, Server
-from megarubric.launch.process import die_with_parent
+from megarubric.launch.process import die_with_parent, set_title
 from megarubric.rollout.messages import EngineConfig, Request
 
 if TYPE_CHECKING:
@@ -244,10 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     server: Server[Request] | None = None
     try:
         config = read_config(options.config)
-        with contextlib.suppress(ImportError):  # a requirement of vLLM
-            import setproctitle
-
-            setproctitle.setproctitle(f"megarubric {config.role} engine {Path(config.model_dir).name}")
+        set_title(f"megarubric {config.role} engine {Path(config.model_dir).name}")
         server = Server(options.endpoint, Request, CurveKeys.load(options.keys) if options.keys else None)
         serve(config, server, stop)
     except MegarubricError as error:
