@@ -126,6 +126,15 @@ def sft_worker_config(c: SftConfig) -> WorkerConfig:
     )
 
 
+def on_one_host(c: TrainConfig) -> TrainConfig:
+    """`c` with the engines that one of its hosts has: for verbs that start nothing on the others."""
+    nodes, replace = c.parallel.nodes, msgspec.structs.replace
+    if nodes == 1:
+        return c
+    rollout = replace(c.rollout, engines=max(1, c.rollout.engines // nodes))
+    return replace(c, rollout=rollout, judge=replace(c.judge, engines=max(1, c.judge.engines // nodes)))
+
+
 def engine_config(c: TrainConfig, role: Literal["policy", "judge"], judge_model: str | None = None) -> EngineConfig:
     """Settings of a policy or judge engine; `judge_model` None is the first judge's directory.
 

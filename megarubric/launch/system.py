@@ -99,11 +99,12 @@ class System:
     async def ready(self) -> None:
         """Wait until every part has loaded its model. Raises ProcessDied with the part's last words otherwise."""
         engines = [*self.policies, *self.judge_engines]
-        waits = [engine.ready() for engine in engines]
-        if self.trainer is not None:
-            waits.append(self.trainer.describe())
-        found = await asyncio.gather(*waits)
-        self.shares_devices = bool(engines) and self.trainer is not None and found[-1].device != "cpu"
+        waits = asyncio.gather(*(engine.ready() for engine in engines))
+        if self.trainer is None:
+            await waits
+            return
+        trainer, _ = await asyncio.gather(self.trainer.describe(), waits)
+        self.shares_devices = bool(engines) and trainer.device != "cpu"
 
     async def engines_first(self) -> None:
         """On a GPU, before the trainer is started: an engine measures what is free when it starts, so it starts on an
@@ -189,7 +190,9 @@ async def running(
     config: TrainConfig, run_dir: Path, worker: WorkerConfig | None, place: Place = ALONE
 ) -> AsyncIterator[System]:
     """Start what `config` needs (and the trainer when `worker` is given) on the hosts of `place`, wait until all is
-    ready, end all on exit."""
+    ready, end all on exit. Without a trainer only this host is used, with its share of the engines."""
+    if worker is None:
+        config = plan.on_one_host(config)
     async with meeting(run_dir, place, config.parallel.interface) as fleet:
         system = System(Supervisor(run_dir / "logs"), plan.socket_dir(run_dir), fleet)
         try:

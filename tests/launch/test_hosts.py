@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import zmq
 
+from megarubric.config import load_train
 from megarubric.errors import BadInput
-from megarubric.launch import hosts, remote
+from megarubric.launch import hosts, plan, remote
 from megarubric.launch.hosts import HostCard, Place
 from megarubric.rollout.messages import EngineConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 SLURM = ("JOB_ID", "NNODES", "JOB_NUM_NODES", "STEP_NUM_NODES", "STEP_NUM_TASKS", "STEP_ID", "NODEID", "RESTART_COUNT")
 
 
@@ -206,3 +208,11 @@ def test_hosts_that_do_not_come_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(Exception, match=r"hosts 1, 2 of 3 did not come within 0.3 s"):
         asyncio.run(controller())
     assert not (tmp_path / "hosts/test").exists()
+
+
+def test_a_verb_without_a_trainer_takes_one_hosts_share_of_the_engines() -> None:
+    config = load_train(str(ROOT / "configs/qwen3_30b_a3b_stage2.yaml"), [])
+    alone = plan.on_one_host(config)
+    assert (config.rollout.engines, config.judge.engines, config.parallel.nodes) == (8, 8, 4)
+    assert (alone.rollout.engines, alone.judge.engines) == (2, 2)
+    assert plan.on_one_host(load_train(str(ROOT / "configs/quickstart.yaml"), [])).rollout.engines == 1

@@ -73,7 +73,7 @@ def test_a_host_is_lost_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) 
     assert not (run / "hosts/test").exists()
 
     rows = metrics(run)
-    config = load_train("configs/quickstart.yaml", TWO)
+    config = load_train(str(ROOT / "configs/quickstart.yaml"), TWO)
     model = json.loads((ROOT / config.model.path / "config.json").read_text())
     expected = sum(received_bytes(model, config.parallel, config.model.dtype))
     assert expected == rows[1]["perf/exchange_bytes"]  # one half to each host
