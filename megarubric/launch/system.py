@@ -168,6 +168,9 @@ class System:
     async def close(self) -> None:
         with contextlib.suppress(Exception):
             await self.at_end.aclose()
+        if self.fleet and self.trainer and first_ended(self.children) is None:
+            with contextlib.suppress(Exception):  # ranks on several hosts are not ended at one moment otherwise
+                await self.trainer.shutdown(timeout_s=10)
         clients = [*self.policies, *self.judge_engines, self.trainer]
         for client in clients:
             if client is not None:
