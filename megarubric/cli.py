@@ -18,7 +18,7 @@ from megarubric.errors import BadInput, MegarubricError
 from megarubric.recipe.defence.options import defend_arguments
 from megarubric.recipe.synthesis.options import synthesize_arguments
 
-Group = argparse._SubParsersAction  # argparse has no public name for it
+type Group = argparse._SubParsersAction[_Parser]  # argparse has no public name for it
 Handler = Callable[[argparse.Namespace], int]
 
 
@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"megarubric {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, handler: Handler, help: str, group: Group = verbs) -> argparse.ArgumentParser:
+    def verb(name: str, handler: Handler, help: str, group: Group = verbs) -> _Parser:
         p = group.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         p.set_defaults(handler=handler)
         return p

@@ -10,7 +10,7 @@ from typing import Any
 from megarubric.config import TrainConfig, dump
 from megarubric.launch import plan
 from megarubric.launch.judge import engines_of, second_index
-from megarubric.launch.memory import WIDTH, StageMemory, model_size, stage_memory
+from megarubric.launch.memory import WIDTH, Kernels, StageMemory, model_size, stage_memory
 from megarubric.launch.network import received_bytes
 from megarubric.megatron.families import family_of
 
@@ -45,7 +45,7 @@ def describe(config: TrainConfig, hf: Mapping[str, Any], commands: Sequence[tupl
 
 def memory_table(c: TrainConfig, hf: Mapping[str, Any]) -> list[str]:
     """Lines: a rank of every kind of pipeline stage, and for a GPU what each phase of a step needs of it."""
-    kernels = "transformer_engine" if c.parallel.device_gb else "local"
+    kernels: Kernels = "transformer_engine" if c.parallel.device_gb else "local"
     stages = stage_memory(hf, c.parallel, c.train, c.model.dtype, kernels)
     lines = [
         f"# memory of a trainer rank in GB (arithmetic; micro-batches of {c.train.micro_batch_tokens} tokens)",
@@ -121,5 +121,6 @@ def _phases(c: TrainConfig, hf: Mapping[str, Any], stages: Sequence[StageMemory]
 
 def _buckets_gb(c: TrainConfig, hf: Mapping[str, Any]) -> float:
     """Both buckets; a tensor that is larger than one gets one of its size."""
-    largest = max(math.prod(shape) for shape in family_of(hf, "config.json").manifest(hf).values())
+    config = dict(hf)
+    largest = max(math.prod(shape) for shape in family_of(config, "config.json").manifest(config).values())
     return 2 * max(c.exchange.bucket_mb * 2**20, largest * WIDTH[c.model.dtype]) / 1e9

@@ -79,7 +79,7 @@ def own_address(interface: str | None = None) -> str:
     host's name resolves to, else that of the first interface that is up. Raises BadInput for one that has none."""
     if given := os.environ.get(ADDRESS):
         return given
-    by_interface = {
+    by_interface: dict[str, list[str]] = {
         name: [a.address for a in addresses if a.family == socket.AF_INET]
         for name, addresses in psutil.net_if_addrs().items()
     }

@@ -200,7 +200,7 @@ def _activations(
     layers: list[int],
 ) -> float:
     """Bytes that one micro-batch keeps in `layers` and around them, on a rank."""
-    width, hidden = WIDTH[dtype], hf["hidden_size"]
+    width, hidden = WIDTH[dtype], int(hf["hidden_size"])
     each = [_layer_bytes(family, hf, dtype, kernels, layer, p.cp) for layer in layers]
     around = KEPT[kernels, dtype].around * hidden * width
     if kernels == "local" and p.cp > 1:  # the mask of a sequence that fills the micro-batch, one for all layers
@@ -218,11 +218,11 @@ def _layer_bytes(family: Family, hf: dict[str, Any], dtype: str, kernels: Kernel
         experts, chosen, inner = family.num_experts(hf), hf["num_experts_per_tok"], hf["moe_intermediate_size"]
     else:
         experts, chosen, inner = 0, 1, hf["intermediate_size"]
-    values = hidden * k.hidden + heads * head * k.query + kv * head * k.key_value + head * k.head_dim
+    values: float = hidden * k.hidden + heads * head * k.query + kv * head * k.key_value + head * k.head_dim
     values += chosen * (hidden * k.expert_input + inner * k.expert_width)
     if kernels == "local":  # keys and values of the other context-parallel ranks; Transformer Engine keeps the own ones
         values += (cp - 1) * 2 * heads * head
-    extra = experts * k.expert_bytes + heads * k.head_bytes + kv * k.head_bytes / 2
+    extra: float = experts * k.expert_bytes + heads * k.head_bytes + kv * k.head_bytes / 2
     return values * width + extra + (chosen * k.choice_bytes if experts else 0)
 
 

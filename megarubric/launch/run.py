@@ -20,6 +20,7 @@ from megarubric.launch.judge import check_judge, engines_of, second_index
 from megarubric.launch.rundir import RunDir, RunState, claim
 from megarubric.launch.signals import StopFlag
 from megarubric.launch.system import System, running
+from megarubric.megatron.families import read_config
 from megarubric.observe import terminal
 from megarubric.observe.files import whole_file
 from megarubric.observe.metrics import MetricsLog
@@ -222,7 +223,7 @@ def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool
     if not dry_run:
         plan.check_card(c.parallel, path)
     there = not (dry_run and c.model.architecture) or Path(c.model.path, "config.json").exists()
-    hf = plan.read_hf_config(c.model.path) if there else plan.read_config(c.model.architecture or "")[0]
+    hf = plan.read_hf_config(c.model.path) if there else read_config(c.model.architecture or "")[0]
     plan.check_layout(hf, c.parallel, path)
     if c.train.fp8 != "none" and (wrong := fp8.refuse_model(c.train.fp8, hf, c.parallel.layout)):
         raise BadInput(path, "train.fp8", wrong)

@@ -236,7 +236,8 @@ def _state(trainer: Trainer, *, loading: bool, random: bool = True, copy: bool =
 def _random_state() -> dict[str, Any]:
     """Tensors and numbers only, so that it loads with torch's weights_only reader."""
     version, keys, gauss = random.getstate()
-    _, np_keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state(legacy=True)  # numpy types it as a dictionary too
+    _, np_keys, position, has_gauss, cached = legacy
     return {
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),

@@ -27,7 +27,8 @@ class TrainerClient:
 
     async def describe(self, timeout_s: float | None = None) -> m.Description:
         """Wait until the model is loaded; who answers."""
-        return await self._ask(m.Describe(), timeout_s=timeout_s)
+        reply: m.Description = await self._ask(m.Describe(), timeout_s=timeout_s)
+        return reply
 
     async def logprobs(
         self, batch: m.TrainBatch, which: m.Which = "policy", temperature: float = 1.0
@@ -41,14 +42,17 @@ class TrainerClient:
     async def train(self, batch: m.TrainBatch, loss: m.LossSettings, lr: float) -> m.Trained:
         """One optimizer step for each update of `batch`."""
         frames = Frames()
-        return await self._ask(m.Train(m.WireBatch.pack(batch, frames), loss, lr), frames)
+        reply: m.Trained = await self._ask(m.Train(m.WireBatch.pack(batch, frames), loss, lr), frames)
+        return reply
 
     async def begin_publish(self, version: int) -> m.PublishPlan:
-        return await self._ask(m.BeginPublish(version))
+        reply: m.PublishPlan = await self._ask(m.BeginPublish(version))
+        return reply
 
     async def fill_bucket(self, version: int, index: int) -> m.Filled:
         """Have bucket `index` written; says that nobody reads bucket index - 2 any more."""
-        return await self._ask(m.FillBucket(version, index))
+        reply: m.Filled = await self._ask(m.FillBucket(version, index))
+        return reply
 
     async def end_publish(self, version: int) -> m.WeightsChecksum:
         """The version's checksum and what went between hosts, after its last bucket."""
@@ -69,7 +73,8 @@ class TrainerClient:
     async def save(self, path: str, extra: str = "{}", *, background: bool = False) -> m.CheckpointSaved:
         """Save to the new directory `path` with the caller's JSON `extra`; with `background`, `finish_save` makes it a
         checkpoint, or the next save does."""
-        return await self._ask(m.SaveCheckpoint(path, extra, background))
+        reply: m.CheckpointSaved = await self._ask(m.SaveCheckpoint(path, extra, background))
+        return reply
 
     async def finish_save(self, *, wait: bool = True) -> m.CheckpointSaved | None:
         """Finish a save in the background; None when there is none, or, without `wait`, it is not written yet."""
@@ -77,7 +82,8 @@ class TrainerClient:
         return reply if isinstance(reply, m.CheckpointSaved) else None
 
     async def load(self, path: str) -> m.CheckpointLoaded:
-        return await self._ask(m.LoadCheckpoint(path))
+        reply: m.CheckpointLoaded = await self._ask(m.LoadCheckpoint(path))
+        return reply
 
     async def export_hf(self, path: str) -> None:
         """Write the policy as a Hugging Face directory."""

@@ -31,23 +31,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megarubric.megatron.messages import LossSettings
+
 LOG_RATIO_LIMIT = 20.0  # exp of more would overflow into inf * 0; a token that far off is clipped in any case
-
-
-class Settings(Protocol):
-    """What the loss reads of `messages.LossSettings`."""
-
-    surrogate: str
-    ratio: str
-    clip_low: float
-    clip_high: float
-    tis_cap: float
-    tis_mode: str
-    reject_below: float
-    reject_above: float
-    kl_coef: float
-    kl_estimator: str
-    entropy_coef: float
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,11 @@ class LossSums:
 
 
 def policy_loss(
-    logprobs: Tensor, entropy: Tensor, inputs: TokenInputs, settings: Settings, sequence_sum: SequenceSum | None = None
+    logprobs: Tensor,
+    entropy: Tensor,
+    inputs: TokenInputs,
+    settings: LossSettings,
+    sequence_sum: SequenceSum | None = None,
 ) -> tuple[Tensor, LossSums]:
     """The loss of P tokens (a sum, scalar, differentiable in `logprobs` and `entropy`) and its statistics.
 
@@ -165,7 +155,7 @@ def policy_loss(
 
 
 def _importance(
-    log_rho: Tensor, inputs: TokenInputs, settings: Settings, sequence_sum: SequenceSum | None
+    log_rho: Tensor, inputs: TokenInputs, settings: LossSettings, sequence_sum: SequenceSum | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the mismatch of trainer and engine makes of a token's weight, and which tokens were cut off or rejected.
 

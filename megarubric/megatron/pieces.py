@@ -115,9 +115,10 @@ def _global_expert(layer: Any, local: int) -> int:
 
 def unwrap(model: torch.nn.Module) -> Any:
     """The GPTModel inside Megatron's wrappers."""
-    while not hasattr(model, "decoder"):
-        model = model.module
-    return model
+    inside: Any = model
+    while not hasattr(inside, "decoder"):
+        inside = inside.module
+    return inside
 
 
 def cut_parameter(

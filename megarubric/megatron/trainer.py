@@ -32,12 +32,12 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from megarubric.megatron import checkpoint, device, parallel, weights  # noqa: E402
-from megarubric.megatron.families import family_of  # noqa: E402
+from megarubric.megatron.families import family_of, read_config  # noqa: E402
 from megarubric.megatron.fp8_params import loadable  # noqa: E402
 from megarubric.megatron.logprob import token_logprobs  # noqa: E402
 from megarubric.megatron.loss import LossSums, TokenInputs, policy_loss  # noqa: E402
 from megarubric.megatron.messages import LossSettings, TrainBatch, UpdateMetrics, Which, WorkerConfig  # noqa: E402
-from megarubric.megatron.model import Recompute, build_model, fp8_fields, read_config  # noqa: E402
+from megarubric.megatron.model import Recompute, build_model, fp8_fields  # noqa: E402
 from megarubric.megatron.optimizer import AdamSettings, TrainedModel  # noqa: E402
 from megarubric.megatron.packing import MicroBatch, PackSettings, pack, plan  # noqa: E402
 from megarubric.megatron.pieces import model_pieces  # noqa: E402
@@ -284,7 +284,7 @@ class Trainer:
 
         token_inputs = None
         if inputs is not None:
-            fields = {k: None if v is None else device(packed.gather(v)) for k, v in inputs.items()}
+            fields: dict[str, Any] = {k: None if v is None else device(packed.gather(v)) for k, v in inputs.items()}
             token_inputs = TokenInputs(segment=device(packed.segment), n_sequences=len(rows), **fields)
         return _Work(
             packed=packed,

@@ -53,7 +53,7 @@ def write_archive(file: HashedFile, dtype: str, sizes: tuple[int, ...], data: It
     """Append what ``torch.save(tensor, file)`` would; where it begins in the file and how long it is."""
     begin = file.position
     stream = _Part(file)
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
         archive.writestr(_record("data.pkl"), _tensor_pickle(dtype, sizes))
         archive.writestr(_record(".format_version"), b"1")
         archive.writestr(_record(".storage_alignment"), str(_ALIGNMENT))
