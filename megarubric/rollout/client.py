@@ -39,17 +39,21 @@ class EngineClient:
         """Wait until the engine answers. Raises TimeoutError after `timeout_s` seconds."""
         return await self._call(m.Stats(), timeout_s)
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """Draw one sample for each request; returns when all have ended, in the order given."""
+    async def generate(self, requests: Sequence[GenerateRequest], race: m.Race | None = None) -> list[Completion]:
+        """Draw one sample for each request; returns when all have ended, in the order given. In a `race` with other
+        calls of this client they may be cut short, with finish_reason "abort"."""
         frames = Frames()
         prompts = m.pack_ragged(frames, [r.prompt_ids for r in requests], np.int32)
         sampling = tuple(
             m.Sampling(r.max_tokens, r.seed, r.temperature, r.top_p, r.stop_token_ids, r.json_schema) for r in requests
         )
-        reply, raw = await self._rpc.call(m.Generate(prompts, sampling), frames.buffers)
+        reply, raw = await self._rpc.call(m.Generate(prompts, sampling, race), frames.buffers)
         tokens, logprobs = m.unpack_ragged(reply.token_ids, raw), m.unpack_ragged(reply.logprobs, raw)
-        lengths = [0 if e.error else len(r.prompt_ids) + len(ids) for r, ids, e in zip(requests, tokens, reply.ends)]
-        routing = m.unpack_routing(reply.routing, lengths, raw)
+        lengths = [
+            0 if e.finish_reason in ("error", "abort") else len(r.prompt_ids) + len(ids)
+            for r, ids, e in zip(requests, tokens, reply.ends)
+        ]
+        routing = [rows if n else None for rows, n in zip(m.unpack_routing(reply.routing, lengths, raw), lengths)]
         return [
             Completion(ids, lp, e.finish_reason, e.weight_version, e.first_version, e.cached_tokens, e.error, where)
             for ids, lp, e, where in zip(tokens, logprobs, reply.ends, routing, strict=True)

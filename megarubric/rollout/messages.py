@@ -135,13 +135,14 @@ class Completion:
     the same numbers at any sampling temperature. (At temperature 1 and top-p 1 they are also the probabilities that
     the tokens were drawn with; otherwise the importance ratio to the sampler is not theirs.)
 
-    `finish_reason`: "stop" (a stop token was drawn), "length", or "error" with `error` set and no tokens.
-    `weight_version` drew the last token, `first_version` the first; they differ only when an update was told to keep
-    running requests. `cached_tokens` prompt tokens came from the prefix cache.
+    `finish_reason`: "stop" (a stop token was drawn), "length", "abort" (cut short in a `Race`, perhaps before its first
+    token), or "error" with `error` set and no tokens. `weight_version` drew the last token, `first_version` the first;
+    they differ when an update was told to keep running requests, or the sample was continued after one
+    (`rollout.partial`). `cached_tokens` prompt tokens came from the prefix cache.
 
     `routing` uint8 or uint16 [P + n, L, K] with `EngineConfig.capture_routing`: the K experts of each of L layers that
     a token, prompt tokens first, was sent to when it was read; the dtype's largest number where that is not known, as
-    for the last token, which was never read.
+    for the last token, which was never read. None for a sample that was cut short.
     """
 
     token_ids: NDArray[np.int32]
@@ -191,11 +192,26 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     json_schema: str = ""
 
 
+class Race(msgspec.Struct, frozen=True, array_like=True):
+    """Some of several `Generate` calls are enough: `calls` calls carry this `id`, and when `enough` of them have ended,
+    the engine cuts the samples of the others short in that very step, and answers with what they have.
+
+    The engine begins when all of the calls have come, in the order they came. So what is cut where depends on the
+    calls alone and not on when messages arrive (as long as the engine has nothing else to do): a run can be repeated.
+    """
+
+    id: int
+    calls: int
+    enough: int
+
+
 class Generate(msgspec.Struct, frozen=True, tag=True):
-    """Draw one sample for each of `prompts` (int32); answered by `Generated` when all have finished."""
+    """Draw one sample for each of `prompts` (int32); answered by `Generated` when all have finished, or were cut short
+    in the `race`."""
 
     prompts: Ragged
     sampling: tuple[Sampling, ...]
+    race: Race | None = None
 
 
 class TierLogprobs(msgspec.Struct, frozen=True, tag=True):

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from vllm import SamplingParams
@@ -23,51 +22,17 @@ from vllm.inputs.engine import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine import FinishReason
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from megarubric.errors import MegarubricError
 from megarubric.exchange.receiver import Receiver, State, UpdateRefused, checksum_of
-from megarubric.exchange.rpc import Call, Frames, Server
+from megarubric.exchange.rpc import Call, Server
 from megarubric.rollout import messages as m
+from megarubric.rollout.jobs import EngineRefused, Job, Race
 from megarubric.rollout.routing import routing_dtype, unrecorded
 
 log = logging.getLogger("megarubric.engine")
-
-_NO_TOKENS = np.empty(0, np.int32)
-_NO_LOGPROBS = np.empty(0, np.float32)
-
-
-class EngineRefused(MegarubricError):
-    """A request that this engine cannot serve, or not now."""
-
-
-class _Job:
-    """A call that asks for several sequences; answered when the last of them has ended."""
-
-    def __init__(self, call: Call, reply_type: type[m.Generated] | type[m.Scored], size: int) -> None:
-        self.call, self.reply_type, self.left = call, reply_type, size
-        self.tokens: list[NDArray[np.int32]] = [_NO_TOKENS] * size
-        self.logprobs: list[NDArray[np.float32]] = [_NO_LOGPROBS] * size
-        self.routing: list[NDArray[Any] | None] = [None] * size
-        self.ends: list[m.SampleEnd | None] = [None] * size
-
-    def end(self, index: int, end: m.SampleEnd) -> None:
-        self.ends[index] = end
-        self.left -= 1
-        if self.left == 0:
-            self.reply()
-
-    def reply(self) -> None:
-        frames = Frames()
-        ends = tuple(e for e in self.ends if e is not None)
-        logprobs = m.pack_ragged(frames, self.logprobs, np.float32)
-        if self.reply_type is m.Generated:
-            rows = [r for r in self.routing if r is not None]
-            routing = frames.add(np.concatenate(rows)) if rows else None
-            body: msgspec.Struct = m.Generated(m.pack_ragged(frames, self.tokens, np.int32), logprobs, ends, routing)
-        else:
-            body = m.Scored(logprobs, ends)
-        self.call.reply(body, frames.buffers)
 
 
 class EngineLoop:
@@ -81,8 +46,9 @@ class EngineLoop:
         self.start_seconds = start_s
         self._vocab_size = engine.model_config.get_vocab_size()
         self._queue: deque[Call] = deque()
-        self._jobs: dict[str, tuple[_Job, int, int]] = {}  # vLLM request id -> job, index in it, prompt tokens
-        self._routes: dict[str, str] = {}  # our request id -> vLLM's own, where routing is captured on a CPU
+        # Request id -> job, index in it, prompt tokens, and vLLM's own id of the request.
+        self._jobs: dict[str, tuple[Job, int, int, str]] = {}
+        self._race: Race | None = None
         self._capture = config.capture_routing and current_platform.is_cpu()
         if self._capture:
             engine.collective_rpc("start_routing_capture")
@@ -156,8 +122,10 @@ class EngineLoop:
 
     def _serve(self, call: Call) -> None:
         match call.body:
-            case m.Generate(prompts, sampling):
-                self._generate(call, m.unpack_ragged(prompts, call.frames), sampling)
+            case m.Generate(race=None):
+                self._generate(call)
+            case m.Generate(race=m.Race() as race):
+                self._enter(call, race)
             case m.TierLogprobs(prompts, tier_tokens):
                 queries = m.unpack_ragged(prompts, call.frames)
                 self._tier_logprobs(call, queries, m.unpack_ragged(tier_tokens, call.frames))
@@ -179,7 +147,45 @@ class EngineLoop:
                 self.engine.reset_prefix_cache()
                 call.reply(m.Done())
 
-    def _generate(self, call: Call, prompts: list[NDArray[np.int32]], sampling: Sequence[m.Sampling]) -> None:
+    def _enter(self, call: Call, spec: m.Race) -> None:
+        """Hold a call until all of its race are there, then begin them. A race that never filled ends with the next."""
+        race = self._race
+        if race is None or race.spec != spec:
+            if race is not None and race.under_way:
+                raise EngineRefused(f"race {spec.id}: race {race.spec.id} is still under way")
+            entered = Race(spec)
+            for held in race.held if race else ():
+                held.fail(EngineRefused("this race never had all its calls"))
+            self._race = race = entered
+        race.held.append(call)
+        if len(race.held) < spec.calls:
+            return
+        for held in race.held:
+            try:
+                race.jobs.append(self._generate(held))
+            except Exception as error:
+                self._fail(held, error)
+        race.held.clear()
+        self._end_race()
+
+    def _end_race(self) -> None:
+        """When enough calls of the race have ended, answer the others with what they have."""
+        race = self._race
+        if race is None or race.held or not race.decided:
+            return
+        cut = [internal for job, _, _, internal in self._jobs.values() if job in race.jobs]
+        self._race = None
+        for internal in cut:
+            state = self.engine.output_processor.request_states[internal]
+            output = state.make_request_output([], None, FinishReason.ABORT, None)  # before vLLM forgets the tokens
+            self.engine.abort_request([internal], internal=True)
+            assert isinstance(output, RequestOutput)
+            self._finish(output)
+        if cut and not self._jobs:
+            self.engine.step()  # nothing to compute: the workers are told what to forget
+
+    def _generate(self, call: Call) -> Job:
+        prompts, sampling = m.unpack_ragged(call.body.prompts, call.frames), call.body.sampling
         if len(prompts) != len(sampling):
             raise EngineRefused(f"{len(prompts)} prompts with {len(sampling)} sampling settings")
         job = self._job(call, m.Generated, prompts)
@@ -196,6 +202,7 @@ class EngineLoop:
             if s.json_schema:
                 params["structured_outputs"] = StructuredOutputsParams(json=s.json_schema)
             self._add(job, i, prompt, params)
+        return job
 
     def _tier_logprobs(
         self, call: Call, prompts: list[NDArray[np.int32]], tier_tokens: list[NDArray[np.int32]]
@@ -219,17 +226,17 @@ class EngineLoop:
 
     def _job(
         self, call: Call, reply_type: type[m.Generated] | type[m.Scored], prompts: Sequence[NDArray[np.int32]]
-    ) -> _Job:
+    ) -> Job:
         if self._asleep:
             raise EngineRefused(f"the engine is asleep ({', '.join(sorted(self._asleep))}): wake it first")
         if self.receiver.state is State.BROKEN:
             raise EngineRefused("no weight version is in service: send an update first")
-        job = _Job(call, reply_type, len(prompts))
+        job = Job(call, reply_type, len(prompts))
         if not prompts:
             job.reply()
         return job
 
-    def _add(self, job: _Job, index: int, prompt: NDArray[np.int32], params: dict[str, Any]) -> None:
+    def _add(self, job: Job, index: int, prompt: NDArray[np.int32], params: dict[str, Any]) -> None:
         """Hand one sequence to the engine; one that it cannot take ends at once, with its reason."""
         wrong = self._bad_tokens(prompt, "prompt")
         if not wrong and len(prompt) >= self.config.max_model_len:
@@ -248,9 +255,7 @@ class EngineLoop:
             except Exception as error:  # vLLM's own validation, which has no common class
                 wrong = " ".join(str(error).split()) or type(error).__name__
             else:
-                self._jobs[request_id] = (job, index, len(prompt))
-                if self._capture:
-                    self._routes[request_id] = internal
+                self._jobs[request_id] = (job, index, len(prompt), internal)
                 return
         job.end(index, self._error_end(wrong))
 
@@ -275,9 +280,10 @@ class EngineLoop:
         for output in outputs:
             if output.finished and isinstance(output, RequestOutput):
                 self._finish(output)
+        self._end_race()
 
     def _finish(self, output: RequestOutput) -> None:
-        job, index, prompt_tokens = self._jobs.pop(output.request_id)
+        job, index, prompt_tokens, internal = self._jobs.pop(output.request_id)
         sample = output.outputs[0]
         cached = output.num_cached_tokens or 0
         version = first = self.receiver.version
@@ -288,26 +294,25 @@ class EngineLoop:
         self._prefilled += prompt_tokens - cached
         if job.reply_type is m.Generated:
             job.tokens[index] = np.array(sample.token_ids, np.int32)
-            job.logprobs[index] = np.array(sample.logprobs.logprobs, np.float32)  # type: ignore[union-attr]
+            job.logprobs[index] = np.array(sample.logprobs.logprobs, np.float32)
             self._generated += len(sample.token_ids)
-            if self.config.capture_routing:
-                job.routing[index] = self._routing(output, prompt_tokens + len(sample.token_ids))
             reason = sample.finish_reason or "error"
+            if self.config.capture_routing and reason != "abort":
+                job.routing[index] = self._routing(output, prompt_tokens + len(sample.token_ids), internal)
         elif isinstance(job.call.body, m.TierLogprobs):
             # The first entry is the sampled token; the tokens asked for follow in their order.
-            job.logprobs[index] = np.array(sample.logprobs.logprobs[1:], np.float32)  # type: ignore[union-attr]
+            job.logprobs[index] = np.array(sample.logprobs.logprobs[1:], np.float32)
             reason = "scored"
         else:
             # Position 0 has no entry, so what is there starts with the second token.
-            job.logprobs[index] = np.array(output.prompt_logprobs.logprobs, np.float32)  # type: ignore[union-attr]
+            job.logprobs[index] = np.array(output.prompt_logprobs.logprobs, np.float32)
             reason = "scored"
-        self._routes.pop(output.request_id, None)
         job.end(index, m.SampleEnd(reason, version, first, cached, None))
 
-    def _routing(self, output: RequestOutput, n: int) -> NDArray[Any]:
+    def _routing(self, output: RequestOutput, n: int, internal: str) -> NDArray[Any]:
         """`Completion.routing` of a finished sample with `n` tokens, its prompt included."""
         if self._capture:
-            (found,) = self.engine.collective_rpc("take_routing", args=(self._routes[output.request_id],))
+            (found,) = self.engine.collective_rpc("take_routing", args=(internal,))
         else:
             found = output.outputs[0].routed_experts
         if found is None:
@@ -388,8 +393,10 @@ class EngineLoop:
         call.fail(error)
 
     def _fail_all(self, error: BaseException) -> None:
-        calls = {id(job): job.call for job, _, _ in self._jobs.values()}
-        for call in [*calls.values(), *self._queue]:
+        calls = {id(job): job.call for job, *_ in self._jobs.values()}
+        held = self._race.held if self._race else ()
+        for call in [*calls.values(), *held, *self._queue]:
             call.fail(error)
         self._jobs.clear()
+        self._race = None
         self._queue.clear()
