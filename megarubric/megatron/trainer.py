@@ -32,8 +32,8 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from megarubric.megatron import checkpoint, device, parallel, weights  # noqa: E402
+from megarubric.megatron.checks import check_batch  # noqa: E402
 from megarubric.megatron.families import family_of, read_config  # noqa: E402
-from megarubric.megatron.fp8_params import loadable  # noqa: E402
 from megarubric.megatron.logprob import token_logprobs  # noqa: E402
 from megarubric.megatron.loss import LossSums, TokenInputs, policy_loss  # noqa: E402
 from megarubric.megatron.messages import LossSettings, TrainBatch, UpdateMetrics, Which, WorkerConfig  # noqa: E402
@@ -41,14 +41,11 @@ from megarubric.megatron.model import Recompute, build_model, fp8_fields  # noqa
 from megarubric.megatron.optimizer import AdamSettings, TrainedModel  # noqa: E402
 from megarubric.megatron.packing import MicroBatch, PackSettings, pack, plan  # noqa: E402
 from megarubric.megatron.pieces import model_pieces  # noqa: E402
+from megarubric.megatron.reference import Reference  # noqa: E402
 from megarubric.megatron.replay import RoutingReplay  # noqa: E402
 from megarubric.megatron.residence import Residence  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class BadBatch(MegarubricError):
-    """A batch that this model or these loss settings cannot use."""
 
 
 class NoReference(MegarubricError):
@@ -106,7 +103,7 @@ class Trainer:
         adam = AdamSettings(
             config.beta1, config.beta2, config.eps, config.weight_decay, config.grad_clip, config.optimizer_offload
         )
-        self._reference = [_on_host(loadable(p)) for m in models for p in m.parameters()] if config.reference else None
+        self._reference = Reference(models) if config.reference else None
         self.model = TrainedModel(models, self.dtype, adam)
         self.replay = RoutingReplay(self.model.chunks, recompute=config.recompute)
         self.pieces = model_pieces(self.model.chunks, self.hf, self.layout)
@@ -172,9 +169,11 @@ class Trainer:
         `train` finds bit for bit, given the same `loss_mask`. The first token of a sequence has 0: nothing predicts it.
         Raises BadBatch for tokens outside the vocabulary, NoReference without a reference.
         """
-        self._check(batch)
+        check_batch(batch, self.family, self.hf)
         if which == "reference":
-            with _Swapped(self):
+            if self._reference is None:
+                raise NoReference("this trainer keeps no reference: start it with reference = true")
+            with self._reference.in_place_of(self.model):
                 return self._logprobs(batch, temperature)
         return self._logprobs(batch, temperature)
 
@@ -194,7 +193,7 @@ class Trainer:
 
         A batch with several updates and no `old_logprobs` gets those of the policy before the first. Raises BadBatch.
         """
-        self._check(batch, settings)
+        check_batch(batch, self.family, self.hf, settings)
         old = batch.old_logprobs
         if old is None and batch.n_updates > 1:
             old = self._logprobs(batch, settings.temperature)[0]
@@ -365,36 +364,6 @@ class Trainer:
             skipped=not stepped,
         )
 
-    def _check_routing(self, routing: NDArray[Any]) -> None:
-        experts = self.family.num_experts(self.hf)
-        if not experts:
-            raise BadBatch("routing is given, but the model has no experts")
-        shape = (self.hf["num_hidden_layers"], self.hf["num_experts_per_tok"])
-        if routing.shape[1:] != shape:
-            raise BadBatch(f"routing has {routing.shape[1:]} layers and experts a token, the model {shape}")
-        recorded = routing[routing[:, 0, 0] != np.iinfo(routing.dtype).max]
-        if recorded.size and int(recorded.max()) >= experts:
-            raise BadBatch(f"routing names expert {int(recorded.max())}, the model has {experts}")
-
-    def _check(self, batch: TrainBatch, settings: LossSettings | None = None) -> None:
-        """Refuse, on all ranks alike and before any collective, what would fail on one of them in the middle."""
-        if int(batch.tokens.max()) >= self.hf["vocab_size"]:
-            raise BadBatch(f"token id {int(batch.tokens.max())} is outside the vocabulary of {self.hf['vocab_size']}")
-        if batch.routing is not None:
-            self._check_routing(batch.routing)
-        if batch.n_updates > len(batch.lengths):
-            raise BadBatch(f"{batch.n_updates} updates of {len(batch.lengths)} sequences")
-        if settings is None:
-            return
-        for name in ("loss_mask", "weights", "advantages"):
-            if getattr(batch, name) is None:
-                raise BadBatch(f"training needs {name}")
-        for name in ("tis_cap", "reject_below", "reject_above"):
-            if getattr(settings, name) > 0 and batch.rollout_logprobs is None:
-                raise BadBatch(f"{name} is set, but the batch has no rollout_logprobs")
-        if settings.kl_coef != 0 and batch.ref_logprobs is None:
-            raise BadBatch("kl_coef is set, but the batch has no ref_logprobs")
-
     # Weights and state -----------------------------------------------------------------------------------------------
 
     def save(self, path: str, extra: str) -> int:
@@ -452,35 +421,3 @@ def _head(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | N
         return logits.squeeze(1).index_select(0, rows)
     logits, _ = output_layer(hidden_states.index_select(0, rows), weight=output_weight)
     return logits.squeeze(1)
-
-
-class _Swapped:
-    """The reference's weights in the model, for the duration; the policy's come back bit for bit."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        if trainer._reference is None:
-            raise NoReference("this trainer keeps no reference: start it with reference = true")
-        self._model, self._parameters = trainer.model, list(trainer.model.parameters())
-        self._reference = trainer._reference
-        self._policy: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        if not self._model.quantised:
-            self._policy = [_on_host(p) for p in self._parameters]
-        self._put(self._reference)
-
-    def __exit__(self, *_: object) -> None:
-        if self._model.quantised:
-            self._model.weights_from_masters()  # what FP8 values stand for does not always quantise to them again
-            return
-        self._put(self._policy)
-        self._policy = []
-
-    def _put(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, values):
-                parameter.copy_(value)
-
-
-def _on_host(parameter: Tensor) -> Tensor:
-    return parameter.detach().to("cpu", copy=True)

@@ -126,8 +126,8 @@ def test_without_a_record_the_routers_choose(ranks, model_dir, one_rank):
 
 def own_choices(model_dir: str) -> dict[str, Any]:
     """Record what the routers choose by themselves, replay it, compare bit for bit; then the refusals."""
+    from megarubric.megatron.checks import BadBatch
     from megarubric.megatron.replay import LayerReplay
-    from megarubric.megatron.trainer import BadBatch
     from megarubric.recipe.algorithms import algorithm
 
     trainer = make_trainer(model_dir, micro_batch_tokens=4096)

@@ -215,8 +215,9 @@ def test_losses_gradient_norms_and_weights_equal_one_rank(ranks, model_dir, one_
 
 
 def exact_invariants(model_dir: str, dtype: str) -> dict[str, Any]:
+    from megarubric.megatron.checks import BadBatch
     from megarubric.megatron.loss import LOG_RATIO_LIMIT
-    from megarubric.megatron.trainer import BadBatch, NoReference
+    from megarubric.megatron.trainer import NoReference
     from megarubric.recipe.algorithms import algorithm
 
     grpo = algorithm("grpo").settings(kl_coef=0.05)
