@@ -12,7 +12,7 @@ from megarubric.evaluate.summary import flat
 from megarubric.launch.run import Run
 from megarubric.observe.terminal import say, step_line, warn_of_drift
 from megarubric.recipe.algorithms import algorithm
-from megarubric.recipe.experience import make_batch, score, write_and_judge
+from megarubric.recipe.experience import make_batch, score
 from megarubric.recipe.learning import learn, learning_rate
 from megarubric.recipe.records import write_rollouts
 from megarubric.recipe.statistics import exchange_metrics, step_metrics
@@ -38,7 +38,7 @@ async def train(run: Run) -> None:
     c, state, system = run.config, run.state, run.system
     trainer, judge = system.trainer, system.judge
     settings = algorithm(c.algorithm.name).settings(**run.loss_knobs)
-    if state.step == 0 and run.heldout and run.sampler:
+    if state.step == 0 and run.heldout and run.rounds:
         say(f"held-out answers before training ({len(run.heldout)} prompts) ...")
         state.before = await run.evaluate()
         run.log.log(0, flat(state.before, "eval"))
@@ -46,17 +46,17 @@ async def train(run: Run) -> None:
     while state.step < c.train.steps:
         step, clock = state.step + 1, Clock()
         with clock("step"):
-            # Sample and judge: groups of answers, each judged while the next is still being written.
-            prompts = run.order.take(c.rollout.prompts_per_step)
-            if run.sampler:
-                answers, times = await write_and_judge(run.sampler, judge, run.tokenizer, step, prompts)
+            # Sample and judge: groups of answers, each judged while the next is still being written. Dynamic sampling
+            # replaces groups that say nothing; partial rollouts leave the longest for the next step (recipe/rounds.py).
+            if run.rounds:
+                answers, times = await run.rounds.step(step, state.version)
             else:
                 answers, times = await run.replay(step)
 
             # Aggregate: criterion scores to rewards, rewards to advantages within each group.
             with clock("aggregate"):
                 answers, degenerate = score(answers, c.reward, run.criterion_means)
-                batch = make_batch(answers, c.algorithm, c.rollout.max_new_tokens)
+                batch = make_batch(answers, c.algorithm, c.rollout.max_new_tokens, state.version)
                 write_rollouts(run.dir.rollouts, step, answers)
 
             # Train: one or more optimizer steps on the batch.
@@ -75,7 +75,7 @@ async def train(run: Run) -> None:
         metrics |= exchange_metrics(exchanged) | {"train/weight_version": state.version}
         await run.settle()
         last, best = step == c.train.steps, False
-        if run.heldout and run.sampler and (last or (c.evaluate.every and step % c.evaluate.every == 0)):
+        if run.heldout and run.rounds and (last or (c.evaluate.every and step % c.evaluate.every == 0)):
             run.after = await run.evaluate()
             metrics |= flat(run.after, "eval")
             best = state.note(run.after) and c.checkpoint.keep_best

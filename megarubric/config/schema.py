@@ -11,10 +11,12 @@ from typing import Literal, get_args
 import msgspec
 
 from megarubric.config import fp8, slurm
+from megarubric.config.judge import Judge, check_judge
 from megarubric.config.layout import ParallelLayout
+from megarubric.config.rollout import Rollout, check_rollout
+from megarubric.config.section import positive
 from megarubric.errors import BadInput
 
-JudgeMode = Literal["tier", "reason", "all"]
 Family = Literal["instruction", "creative", "social", "humanities", "reasoning", "safety", "defence", "style"]
 
 
@@ -47,61 +49,6 @@ class Data(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rubrics: list[str] = []
     max_prompt_tokens: int = 256
     system_prompt: str | None = None
-
-
-class Rollout(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How answers are written: groups of `samples_per_prompt` for `prompts_per_step` prompts."""
-
-    engines: int = 1
-    tensor_parallel: int = 1
-    prompts_per_step: int = 16
-    samples_per_prompt: int = 8
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_num_seqs: int = 256
-    gpu_memory_utilization: float = 0.45  # of a GPU shared with a trainer rank
-    cpu_kv_gib: float = 0.5
-    ignore_eos: bool = False  # benchmarks only: every answer has max_new_tokens
-    replay: str | None = None  # a run's rollouts/ directory: train on those answers, sample none
-
-
-class Judge(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who judges the criteria that have no check, and how (docs/judging.md).
-
-    kind: `frozen` (an engine with the weights in `model`, default the policy's first weights), `policy` (the policy
-    engine itself, changing as it trains), `url` (an OpenAI-compatible server), `none` (judged criteria are masked).
-    """
-
-    kind: Literal["frozen", "policy", "url", "none"] = "frozen"
-    model: str | None = None
-    url: str | None = None
-    url_model: str | None = None
-    template: str = "tier"  # a name in judging/templates, or the path of a .txt file; one for each way of asking
-    reason_template: str = "reason"
-    all_template: str = "all"
-    mode: JudgeMode = "tier"
-    modes: dict[str, JudgeMode] = {}  # glob on criterion id, or on rubric id/criterion id: mode; the first that fits
-    draws: int = 1  # in the modes that write: the median of so many replies, at `temperature`
-    temperature: float = 0.0
-    max_tokens: int = 512  # of one written reply
-    min_tier_mass: float = 0.5  # spec/reward.md: below it the judgement is unread
-    second: str | None = None  # asked where the first is unsure or unread: a model directory, or a URL[#model]
-    second_template: str | None = None  # its template in mode tier; null = `template`
-    escalate_above: float = 0.9  # unsure: entropy above this share of its maximum
-    calibration: str | None = None  # a file that `eval --suite judge --fit-calibration` wrote for the first judge
-    cache: str | None = None  # SQLite file of judgements: nothing is judged twice; several runs may share it
-    replay_only: bool = False  # judge from the cache alone; no judge is started or asked
-    concurrency: int = 64
-    timeout_s: float = 120.0  # of one call; then it is repeated `retries` times, then masked
-    retries: int = 1
-    max_requests: int = 0  # budget of a url judge, each of the two; 0 = none; beyond it judgements are unread
-    max_total_tokens: int = 0
-    engines: int = 1  # of a frozen judge, each on `tensor_parallel` GPUs; a second judge has one
-    tensor_parallel: int = 1
-    max_model_len: int = 1024
-    gpu_memory_utilization: float = 0.3
-    cpu_kv_gib: float = 0.5
 
 
 class Reward(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -305,16 +252,9 @@ class SftConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     out: str | None = None  # where the trained model goes (Hugging Face directory); null = in the run directory
 
 
-def _positive(section: Section, name: str, *fields: str) -> str | None:
-    for field in fields:
-        if getattr(section, field) <= 0:
-            return f"{name}.{field}: must be above 0, is {getattr(section, field)}"
-    return None
-
-
 def check_parallel(p: Parallel) -> str | None:
     """First thing wrong with the layout itself (what depends on the model is checked against its config), or None."""
-    wrong = _positive(p, "parallel", "ranks", "nodes")
+    wrong = positive(p, "parallel", "ranks", "nodes")
     if wrong:
         return wrong
     if p.ranks % p.nodes:
@@ -327,7 +267,7 @@ def check_parallel(p: Parallel) -> str | None:
 
 
 def check_optimizer(t: Train) -> str | None:
-    wrong = _positive(t, "train", "steps", "lr", "micro_batch_tokens", "eps", "grad_clip")
+    wrong = positive(t, "train", "steps", "lr", "micro_batch_tokens", "eps", "grad_clip")
     if wrong:
         return wrong
     if not (0 <= t.beta1 < 1 and 0 <= t.beta2 < 1):
@@ -339,48 +279,8 @@ def check_optimizer(t: Train) -> str | None:
     return None
 
 
-def check_judge(j: Judge) -> str | None:
-    counts = ("engines", "tensor_parallel", "concurrency", "timeout_s", "max_model_len", "max_tokens", "draws")
-    if wrong := _positive(j, "judge", *counts):
-        return wrong
-    if j.engines > 1 and j.kind != "frozen":
-        return f"judge.engines: given, but judge.kind is {j.kind}"
-    for field in ("retries", "max_requests", "max_total_tokens", "temperature"):
-        if getattr(j, field) < 0:
-            return f"judge.{field}: must not be negative, is {getattr(j, field)}"
-    for field in ("min_tier_mass", "escalate_above"):
-        if not 0 <= getattr(j, field) <= 1:
-            return f"judge.{field}: must be in [0, 1], is {getattr(j, field)}"
-    if j.kind == "url" and not j.url:
-        return "judge.url: judge.kind is url, so it needs the server's address"
-    given = [("url", j.kind != "url"), ("url_model", j.kind != "url"), ("model", j.kind in ("policy", "url", "none"))]
-    given += [(field, j.kind == "none") for field in ("second", "calibration", "cache", "replay_only")]
-    given += [(field, not (j.kind == "url" or is_url(j.second))) for field in ("max_requests", "max_total_tokens")]
-    for field, wrong_here in given:
-        if wrong_here and getattr(j, field):
-            return f"judge.{field}: given, but judge.kind is {j.kind}"
-    if j.url and not is_url(j.url):
-        return f"judge.url: {j.url} does not start with http:// or https://"
-    if j.second_template and not j.second:
-        return "judge.second_template: given, but judge.second names no second judge"
-    if j.calibration and j.kind == "policy":
-        return "judge.calibration: fitted for one judge, and judge.kind policy is another one after every step"
-    if j.replay_only and not j.cache:
-        return "judge.replay_only: needs judge.cache, the file to replay from"
-    if j.replay_only and j.kind == "policy":
-        return "judge.replay_only: judge.kind is policy, whose weights judge only while they train; see rollout.replay"
-    writes = {j.mode, *j.modes.values()} - {"tier"}
-    if j.draws > 1 and not writes:
-        return f"judge.draws: {j.draws}, but no criterion is asked in a mode that writes (judge.mode, judge.modes)"
-    if j.draws > 1 and j.temperature == 0:
-        return f"judge.temperature: {j.draws} draws at temperature 0 are one draw; set it above 0"
-    if writes and j.kind != "url" and j.max_tokens >= j.max_model_len:
-        return f"judge.max_tokens: {j.max_tokens} leave no room for the prompt in judge.max_model_len {j.max_model_len}"
-    return None
-
-
 def check_algorithm(a: Algorithm) -> str | None:
-    wrong = _positive(a, "algorithm", "updates_per_step", "drift_alarm")
+    wrong = positive(a, "algorithm", "updates_per_step", "drift_alarm")
     if wrong:
         return wrong
     for field in ("tis_cap", "reject_below", "reject_above", "kl_coef", "entropy_coef"):
@@ -431,24 +331,16 @@ def check_exchange(c: TrainConfig) -> str | None:
     return None
 
 
-def is_url(judge: str | None) -> bool:
-    """Whether a judge is named by a URL (and not by a model directory)."""
-    return judge is not None and judge.startswith(("http://", "https://"))
-
-
 def check_train(c: TrainConfig) -> str | None:
     """First reason why this run cannot run, as ``key: sentence``, or None."""
     wrong = check_parallel(c.parallel) or check_optimizer(c.train)
     wrong = wrong or check_fp8(c.train, c.parallel, c.model.dtype)
-    wrong = wrong or _positive(
-        c.rollout, "rollout", "engines", "tensor_parallel", "prompts_per_step", "samples_per_prompt", "max_new_tokens"
-    )
-    wrong = wrong or _positive(c.rollout, "rollout", "temperature", "max_num_seqs", "cpu_kv_gib")
+    wrong = wrong or check_rollout(c.rollout, c.algorithm.tis_cap)
     wrong = wrong or check_judge(c.judge)
     wrong = wrong or check_algorithm(c.algorithm) or check_filter(c.filter)
     if not wrong and (refused := slurm.refuse(c.slurm, c.parallel.ranks_per_node, c.parallel.card)):
         wrong = f"slurm.{refused}"
-    wrong = wrong or _positive(c.exchange, "exchange", "bucket_mb") or _positive(c.checkpoint, "checkpoint", "keep")
+    wrong = wrong or positive(c.exchange, "exchange", "bucket_mb") or positive(c.checkpoint, "checkpoint", "keep")
     wrong = wrong or check_exchange(c)
     if wrong:
         return wrong
@@ -459,10 +351,6 @@ def check_train(c: TrainConfig) -> str | None:
     unknown = [f for f in c.data.families if f not in get_args(Family)]
     if unknown:
         return f"data.families: {unknown[0]!r} is none of {', '.join(get_args(Family))}"
-    if not 0 < c.rollout.top_p <= 1:
-        return f"rollout.top_p: must be in (0, 1], is {c.rollout.top_p}"
-    if c.rollout.samples_per_prompt < 2:
-        return "rollout.samples_per_prompt: a group needs at least 2 samples to have an advantage"
     if c.rollout.prompts_per_step % c.algorithm.updates_per_step:
         return (
             f"algorithm.updates_per_step: {c.algorithm.updates_per_step} does not divide "
@@ -480,7 +368,7 @@ def check_train(c: TrainConfig) -> str | None:
 def check_sft(c: SftConfig) -> str | None:
     wrong = check_parallel(c.parallel) or check_optimizer(c.train)
     wrong = wrong or check_fp8(c.train, c.parallel, c.model.dtype)
-    wrong = wrong or _positive(c.data, "data", "tokens_per_step", "max_tokens")
+    wrong = wrong or positive(c.data, "data", "tokens_per_step", "max_tokens")
     if not wrong and not c.data.train:
         return "data.train: names no file"
     return wrong

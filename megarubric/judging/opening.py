@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from megarubric.config.schema import is_url
+from megarubric.config.judge import is_url
 from megarubric.errors import BadInput
 from megarubric.judging.backends import (
     Dtype,

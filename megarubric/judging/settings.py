@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 import msgspec
 
-from megarubric.config.schema import Judge as JudgeSection
+from megarubric.config.judge import Judge as JudgeSection
 from megarubric.errors import BadInput
 from megarubric.judging.modes import Mode
 from megarubric.rubrics import Criterion, Rubric

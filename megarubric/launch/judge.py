@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarubric.config import TrainConfig
-from megarubric.config.schema import is_url
+from megarubric.config.judge import is_url
 from megarubric.errors import BadInput
 from megarubric.judging.backends import backend_for_engines, backend_for_url, model_identity
 from megarubric.judging.cache import JudgeCache

@@ -27,7 +27,9 @@ from megarubric.observe.metrics import MetricsLog
 from megarubric.recipe.defence.apply import defend_rows, read_defences
 from megarubric.recipe.experience import Answer, WritingTimes
 from megarubric.recipe.records import read_rollouts
+from megarubric.recipe.rounds import Rounds
 from megarubric.reward.advantages import CriterionMeans
+from megarubric.rollout.carry import read_carry, write_carry
 from megarubric.rollout.data import (
     ChatTokenizer,
     Prompt,
@@ -37,6 +39,7 @@ from megarubric.rollout.data import (
     read_prompts,
     tokenize_prompts,
 )
+from megarubric.rollout.partial import OpenGroup, PartialSampler
 from megarubric.rollout.sampler import Sampler, SamplingSettings
 from megarubric.rubrics import Rubric
 
@@ -98,7 +101,13 @@ class Run:
         self._stop = StopFlag()
         r, stop = c.rollout, stop_tokens(c, self.tokenizer)
         draw = SamplingSettings(r.samples_per_prompt, r.max_new_tokens, stop, r.temperature, r.top_p, c.seed)
-        self.sampler = Sampler(system.policies, draw, r.max_num_seqs) if system.policies else None
+        self.rounds: Rounds | None = None
+        if system.policies:
+            assert system.judge is not None
+            sampler = Sampler(system.policies, draw, r.max_num_seqs)
+            partial = PartialSampler(system.policies, draw, r.oversample, r.max_staleness)
+            parts = sampler, partial, system.judge, self.tokenizer, self.order
+            self.rounds = Rounds(*parts, r, c.reward, self.criterion_means)
         self.eval_sampler = heldout_sampler(c, system, self.tokenizer) if system.policies else None
 
     @property
@@ -126,11 +135,13 @@ class Run:
         return await evaluate(self.eval_sampler, self.system.judge, self.tokenizer, self.heldout)
 
     async def replay(self, step: int) -> tuple[list[Answer], WritingTimes]:
-        """The recorded answers of `step`, with their recorded judgements."""
+        """The recorded answers of `step`, with their recorded judgements. As many prompts are passed over."""
         assert self.config.rollout.replay is not None and self.system.judge is not None
-        samples, texts, items = read_rollouts(Path(self.config.rollout.replay), step, self.prompts)
+        self.order.take(self.config.rollout.prompts_per_step)
+        samples, texts, items, used = read_rollouts(Path(self.config.rollout.replay), step, self.prompts)
         judged = await self.system.judge.judge(items)
-        return [Answer(s, text, j) for s, text, j in zip(samples, texts, judged)], WritingTimes()
+        parts = zip(samples, texts, judged, used)
+        return [Answer(s, text, j, used=u) for s, text, j, u in parts], WritingTimes()
 
     async def save(self, last: bool = False) -> None:
         """Checkpoint of everything; older ones beyond `checkpoint.keep` go when the new one is whole. With
@@ -138,6 +149,9 @@ class Run:
         assert self.system.trainer is not None
         self.state.data = self.order.state_dict()
         self.state.criterion_means = self.criterion_means.state_dict()
+        self.state.carry = ""
+        if self.rounds and self.rounds.partial.open:
+            self.state.carry = write_carry(self.dir.carry_path(self.state.step), self.rounds.partial.open)
         path = self.dir.checkpoint_path(self.state.step)
         if path.exists():  # left by a run that died while it trained past this step with another configuration
             shutil.rmtree(path)
@@ -170,11 +184,12 @@ class Run:
             try:
                 await self.system.training()
                 extra = (await self.system.trainer.load(str(path.absolute()))).extra
+                state = msgspec.json.decode(extra, type=RunState)
+                still_open = self._read_carry(step, state.carry)
             except MegarubricError as error:
                 refused.append(str(error))
                 terminal.say(f"checkpoint {path} cannot be used ({error}); trying the one before")
                 continue
-            state = msgspec.json.decode(extra, type=RunState)
             for key, value in self.state.fit.items():
                 if state.fit.get(key) != value:
                     raise BadInput(
@@ -183,6 +198,8 @@ class Run:
             self.state = state
             self.order.load_state_dict(state.data)
             self.criterion_means.load_state_dict(state.criterion_means)
+            if self.rounds:
+                self.rounds.partial.open = still_open
             await self.system.publish(state.version, self.config.exchange.verify)
             terminal.say(f"resumed from {path}")
             return
@@ -190,6 +207,9 @@ class Run:
             raise BadInput(self.dir.checkpoints, None, f"no checkpoint can be used: {refused[0]}; --fresh starts anew")
         async with self.system.trainer_at_home():
             pass  # a fresh start: on a GPU the engines are asleep until the trainer has left the devices
+
+    def _read_carry(self, step: int, digest: str) -> list[OpenGroup]:
+        return read_carry(self.dir.carry_path(step), digest, self.prompts) if digest and self.rounds else []
 
 
 def stop_tokens(c: TrainConfig, tokenizer: ChatTokenizer) -> tuple[int, ...]:

@@ -25,7 +25,8 @@ class RunState(msgspec.Struct, kw_only=True):
 
     `step` steps are done; `version` is the weight version they made; `data` is the prompt set's position; `before` is
     the held-out summary of the untrained policy; `best` the step of the best held-out reward so far, and that reward;
-    `criterion_means` feeds objective-wise advantages. `fit` names what a checkpoint and the configuration must agree
+    `criterion_means` feeds objective-wise advantages; `carry` is the digest of the checkpoint's `carry_path`, where
+    groups were left open. `fit` names what a checkpoint and the configuration must agree
     on.
     """
 
@@ -35,6 +36,7 @@ class RunState(msgspec.Struct, kw_only=True):
     before: Summary | None = None
     best: tuple[int, float] | None = None
     criterion_means: dict[str, dict[str, float]] = {}
+    carry: str = ""
     fit: dict[str, str] = {}
 
     def note(self, summary: Summary) -> bool:
@@ -57,6 +59,10 @@ class RunDir:
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step_{step}"
 
+    def carry_path(self, step: int) -> Path:
+        """Groups that a checkpoint's step left open (rollout/carry.py)."""
+        return self.checkpoints / f"step_{step}.open_groups.safetensors"
+
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a checkpoint directory, newest first (whether each is whole is for its reader to say)."""
         if not self.checkpoints.is_dir():
@@ -69,6 +75,7 @@ class RunDir:
         for step in self.checkpoint_steps()[keep:]:
             if step != best:
                 shutil.rmtree(self.checkpoint_path(step), ignore_errors=True)
+                self.carry_path(step).unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
         with whole_file(self.path / "config.yaml") as f:

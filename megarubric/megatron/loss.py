@@ -43,7 +43,8 @@ class TokenInputs:
     mask is 1 on trained tokens, else 0 (there all other values only have to be finite). segment int64[P] numbers the
     sequences 0..n_sequences-1 (n_sequences itself for padding); only ratio "sequence" reads it.
     old / rollout / ref: log-probabilities of the policy before this batch's updates (None: the present ones, detached),
-    of the engine that sampled (None: no importance correction), of the reference (None: no KL).
+    of the engine that sampled (None: no importance correction), of the reference (None: no KL). fresh is 1 where the
+    engine had the same weights as the trainer has (None: everywhere), so that what differs there is drift.
     """
 
     mask: Tensor
@@ -54,6 +55,7 @@ class TokenInputs:
     old: Tensor | None = None
     rollout: Tensor | None = None
     ref: Tensor | None = None
+    fresh: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class LossSums:
     kl: Tensor
     kl_ref: Tensor
     entropy: Tensor
+    fresh: Tensor
     logprob_abs_diff: Tensor
     clipped: Tensor
     tis: Tensor
@@ -136,6 +139,8 @@ def policy_loss(
     def total(x: Tensor) -> Tensor:
         return (m.double() * x.double()).sum()
 
+    fresh = m if inputs.fresh is None else m * inputs.fresh
+    fresh_gap = torch.where(fresh > 0, engine_gap, 0.0).abs()
     drift = torch.where(m > 0, old - now, 0.0)  # k3 of KL(policy || old): d = old - policy
     sums = LossSums(
         loss=loss.detach().double(),
@@ -143,12 +148,13 @@ def policy_loss(
         kl=total(kl_estimate(drift, "k3")),
         kl_ref=total(kl_ref),
         entropy=total(entropy.detach()),
-        logprob_abs_diff=total(engine_gap.abs()),
+        fresh=fresh.double().sum(),
+        logprob_abs_diff=total(fresh_gap),
         clipped=total(clipped),
         tis=total(tis),
         tis_clipped=total(tis_clipped),
         rejected=total(rejected),
-        max_logprob_diff=engine_gap.abs().amax().double(),
+        max_logprob_diff=fresh_gap.amax().double(),
         max_ratio_deviation=(m * (ratio.detach() - 1.0)).abs().amax().double(),
     )
     return loss, sums

@@ -90,6 +90,8 @@ class TrainBatch:
     they speak about: ``loss_mask[t]`` is 1 when token t, predicted from the tokens before it, is trained on, so the
     first token of a sequence is never trained on. `weights` carries the whole normalisation of the loss.
     `updates` int32[S] says in which optimizer step of this batch (0, 1, ...) a sequence takes part; None = all in one.
+    `fresh` is 1 on the tokens of sequences that the present weights wrote from the first to the last: only there must
+    trainer and engine agree (None = everywhere).
     `routing` uint8 or uint16 [T, L, K]: the K experts that the engine sent token t to, as an input, in each of the
     model's L layers; the dtype's largest number at [t, 0, 0] where it recorded none (None = every token routes itself).
     """
@@ -103,6 +105,7 @@ class TrainBatch:
     old_logprobs: NDArray[np.float32] | None = None
     ref_logprobs: NDArray[np.float32] | None = None
     updates: NDArray[np.int32] | None = None
+    fresh: NDArray[np.float32] | None = None
     routing: NDArray[np.unsignedinteger[Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -160,6 +163,7 @@ class WireBatch(msgspec.Struct, frozen=True):
     old_logprobs: Array | None = None
     ref_logprobs: Array | None = None
     updates: Array | None = None
+    fresh: Array | None = None
     routing: Array | None = None
 
     @classmethod
@@ -325,9 +329,9 @@ class UpdateMetrics(msgspec.Struct, frozen=True):
 
     `loss` is the value that was differentiated (a sum with the weights in it). `kl` is k3 of the policy against the
     old policy, exactly 0 in the first update on fresh log-probabilities; `ratio_max_deviation` is max |ratio - 1|.
-    `logprob_abs_diff` is the mean |trainer - engine|. `skipped` is true when the gradient was not finite and the
-    optimizer did not step. `tis_clipped_fraction` of the tokens were beyond the cap, `rejected_fraction` in a sequence
-    that was rejected.
+    `logprob_abs_diff` is the mean |trainer - engine| over fresh tokens, NaN without any. `skipped` is true when the
+    gradient was not finite and the optimizer did not step. `tis_clipped_fraction` of the tokens were beyond the cap,
+    `rejected_fraction` in a sequence that was rejected.
     """
 
     loss: float

@@ -5,6 +5,7 @@ All ranks make the same calls with the same arguments. What a call returns is co
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -315,6 +316,7 @@ class Trainer:
             "old": old,
             "rollout": batch.rollout_logprobs,
             "ref": batch.ref_logprobs,
+            "fresh": batch.fresh,
         }
 
     def _scatter(self, work: _Work, values: Tensor, out: NDArray[np.float32]) -> None:
@@ -350,7 +352,7 @@ class Trainer:
             kl=value["kl"] / n,
             kl_ref=value["kl_ref"] / n,
             entropy=value["entropy"] / n,
-            logprob_abs_diff=value["logprob_abs_diff"] / n,
+            logprob_abs_diff=value["logprob_abs_diff"] / value["fresh"] if value["fresh"] else math.nan,
             logprob_max_diff=value["max_logprob_diff"],
             ratio_max_deviation=value["max_ratio_deviation"],
             clip_fraction=value["clipped"] / n,

@@ -7,11 +7,14 @@ judge as soon as its last answer ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megarubric.config.schema import Algorithm as AlgorithmConfig
 from megarubric.config.schema import Reward
@@ -33,13 +36,15 @@ class RolloutError(MegarubricError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One sample with what became of it. `result` and `advantage` are set by `score`."""
+    """One sample with what became of it. `result` and `advantage` are set by `score`; an answer that is not `used` was
+    drawn and judged, and left out of the batch (recipe/rounds.py)."""
 
     sample: Sample
     text: str
     judgements: dict[str, Judgement]
     result: RewardResult | None = None
     advantage: float = 0.0
+    used: bool = True
 
     @property
     def valid(self) -> bool:
@@ -52,33 +57,71 @@ class Answer:
 
 @dataclass(slots=True)
 class WritingTimes:
-    """Seconds: until the last answer ended; from then until the last judgement; with a judgement under way at all."""
+    """Seconds: until the last answer ended; from then until the last judgement; with a judgement under way at all.
+    `counts` are further metrics of the writing, by name."""
 
     rollout: float = 0.0
     judge_tail: float = 0.0
     judge_busy: float = 0.0
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: WritingTimes) -> None:
+        """The seconds of a later round."""
+        self.rollout += other.rollout
+        self.judge_tail += other.judge_tail
+        self.judge_busy += other.judge_busy
 
 
 async def write_and_judge(
-    sampler: Sampler, judge: Judge, tokenizer: ChatTokenizer, step: int, prompts: Sequence[Prompt]
+    sampler: Sampler,
+    judge: Judge,
+    tokenizer: ChatTokenizer,
+    step: int,
+    prompts: Sequence[Prompt],
+    seen: Counter[str] | None = None,
 ) -> tuple[list[Answer], WritingTimes]:
-    """Answers to `prompts` in order (group by group, sample by sample), judged.
+    """Answers to `prompts` in order (group by group, sample by sample), judged. `seen` as in `Sampler.stream`.
 
     Raises RolloutError when an answer could not be written (the engine's reason), ProcessDied when a process ended.
     """
-    began, times = time.perf_counter(), WritingTimes()
-    size = sampler.settings.samples_per_prompt
+    return await judge_as_written(whole_groups(sampler, step, prompts, seen), judge, tokenizer)
+
+
+async def whole_groups(
+    sampler: Sampler, step: int, prompts: Sequence[Prompt], seen: Counter[str] | None = None
+) -> AsyncGenerator[list[Sample]]:
+    """The groups of `prompts`, each when its last sample has ended. Raises RolloutError at the first that has not."""
     groups: list[list[Sample]] = [[] for _ in prompts]
+    async with contextlib.aclosing(sampler.stream(step, prompts, seen)) as samples:
+        async for sample in samples:
+            check_written(sample)
+            groups[sample.group].append(sample)
+            if len(groups[sample.group]) == sampler.settings.samples_per_prompt:
+                yield groups[sample.group]
+
+
+def check_written(sample: Sample) -> None:
+    if sample.completion.error is not None:
+        raise RolloutError(f"prompt {sample.prompt.id}, sample {sample.index}: {sample.completion.error}")
+
+
+async def judge_as_written(
+    groups: AsyncGenerator[list[Sample]], judge: Judge, tokenizer: ChatTokenizer
+) -> tuple[list[Answer], WritingTimes]:
+    """The answers of `groups`, each group sent to the judge as it comes; sorted by group and sample.
+
+    Raises RolloutError when one of them could not be written.
+    """
+    began, times = time.perf_counter(), WritingTimes()
     judging: list[asyncio.Task[list[Answer]]] = []
     first_judged = None
     try:
-        async for sample in sampler.stream(step, prompts):
-            if sample.completion.error is not None:
-                raise RolloutError(f"prompt {sample.prompt.id}, sample {sample.index}: {sample.completion.error}")
-            groups[sample.group].append(sample)
-            if len(groups[sample.group]) == size:
+        async with contextlib.aclosing(groups):
+            async for group in groups:
+                for sample in group:
+                    check_written(sample)
                 first_judged = first_judged or time.perf_counter()
-                judging.append(asyncio.create_task(judge_samples(judge, tokenizer, groups[sample.group])))
+                judging.append(asyncio.create_task(judge_samples(judge, tokenizer, group)))
         written = time.perf_counter()
         answers = [answer for task in judging for answer in await task]
     finally:
@@ -112,8 +155,19 @@ def reward_answers(answers: Sequence[Answer]) -> list[Answer]:
 def score(answers: Sequence[Answer], reward: Reward, means: CriterionMeans) -> tuple[list[Answer], float]:
     """Answers with rewards and advantages, and the share of groups that say nothing (degenerate).
 
-    `means` is updated with this step's criterion scores; objective-wise advantages use what it held before.
+    `means` is updated with this step's criterion scores; objective-wise advantages use what it held before. All answers
+    count there, used or not: it says how well the policy meets a criterion, and the groups that are left out are
+    mostly those in which it always does, or never.
     """
+    scored, degenerate = rate(answers, reward, means)
+    for a in answers:
+        for name, j in a.judgements.items():
+            means.update(name, [j.score])
+    return scored, float(np.mean(degenerate))
+
+
+def rate(answers: Sequence[Answer], reward: Reward, means: CriterionMeans) -> tuple[list[Answer], NDArray[np.bool_]]:
+    """Answers with rewards and advantages, and whether each group is degenerate, bool [groups]."""
     answers = reward_answers(answers)
     group = np.array([a.sample.group for a in answers])
     valid = np.array([a.valid for a in answers])
@@ -122,11 +176,7 @@ def score(answers: Sequence[Answer], reward: Reward, means: CriterionMeans) -> t
     else:
         rewards = np.array([np.nan if a.reward is None else a.reward for a in answers], np.float32)
         advantages, degenerate = group_advantages(rewards, valid, group, reward.advantage)
-    for a in answers:
-        for name, j in a.judgements.items():
-            means.update(name, [j.score])
-    scored = [replace(a, advantage=float(x)) for a, x in zip(answers, advantages)]
-    return scored, float(np.mean(degenerate))
+    return [replace(a, advantage=float(x)) for a, x in zip(answers, advantages)], degenerate
 
 
 def _objective_wise(
@@ -152,14 +202,17 @@ def _objective_wise(
     return objective_wise(scores, mask, group, weights, sbar if gamma > 0 else None, gamma, valid)
 
 
-def make_batch(answers: Sequence[Answer], c: AlgorithmConfig, max_new_tokens: int) -> TrainBatch | None:
+def make_batch(
+    answers: Sequence[Answer], c: AlgorithmConfig, max_new_tokens: int, version: int | None = None
+) -> TrainBatch | None:
     """The trainer's batch: prompt and answer tokens exactly as the engine had them, token advantages and weights.
+    Answers that weights before `version` wrote, wholly or in part, are marked as not fresh.
 
-    Weights are made over all valid answers first; then answers that cannot move the policy (advantage 0, and neither a
-    KL nor an entropy term) are left out, which changes no gradient. None when nothing is left. Raises RolloutError when
-    routing is to be replayed and an answer came without it.
+    Weights are made over all valid answers that are used; then answers that cannot move the policy (advantage 0, and
+    neither a KL nor an entropy term) are left out, which changes no gradient. None when nothing is left. Raises
+    RolloutError when routing is to be replayed and an answer came without it.
     """
-    kept = [a for a in answers if a.valid and len(a.sample.completion.token_ids)]
+    kept = [a for a in answers if a.used and a.valid and len(a.sample.completion.token_ids)]
     if not kept:
         return None
     if c.routing_replay and any(a.sample.completion.routing is None for a in kept):
@@ -173,20 +226,20 @@ def make_batch(answers: Sequence[Answer], c: AlgorithmConfig, max_new_tokens: in
         split = min(c.updates_per_step, len(groups))
         updates = np.array([groups[a.sample.group] * split // len(groups) for a in kept], np.int32)
     weights = algorithm(c.name).token_weights(mask, lengths, max_new_tokens, updates)
-    tokens = [np.concatenate([a.sample.prompt.token_ids, a.sample.completion.token_ids]) for a in kept]
-    engine = [np.concatenate([np.zeros(s, np.float32), a.sample.completion.logprobs]) for a, s in zip(kept, starts)]
-    routing = [a.sample.completion.routing for a in kept]
-    advantages = np.repeat(np.array([a.advantage for a in kept], np.float32), lengths)
     if updates is None and not c.kl_coef and not c.entropy_coef:
         moves = np.array([a.advantage != 0 for a in kept])
         if not moves.any():
             return None
         token_moves = np.repeat(moves, lengths)
-        tokens = [t for t, m in zip(tokens, moves) if m]
-        engine = [e for e, m in zip(engine, moves) if m]
-        routing = [r for r, m in zip(routing, moves) if m]
-        lengths, mask, weights = lengths[moves], mask[token_moves], weights[token_moves]
-        advantages = advantages[token_moves]
+        kept = [a for a in kept if a.advantage != 0]
+        lengths, starts = lengths[moves], starts[moves]
+        mask, weights = mask[token_moves], weights[token_moves]
+    samples = [a.sample for a in kept]
+    tokens = [t for s in samples for t in (s.prompt.token_ids, s.completion.token_ids)]
+    engine = [x for s, n in zip(samples, starts) for x in (np.zeros(n, np.float32), s.completion.logprobs)]
+    fresh = [version is None or s.completion.first_version == s.completion.weight_version == version for s in samples]
+    advantages = np.repeat(np.array([a.advantage for a in kept], np.float32), lengths)
+    routing = [s.completion.routing for s in samples]
     return TrainBatch(
         tokens=np.concatenate(tokens).astype(np.int32),
         lengths=lengths,
@@ -195,5 +248,6 @@ def make_batch(answers: Sequence[Answer], c: AlgorithmConfig, max_new_tokens: in
         weights=weights,
         rollout_logprobs=np.concatenate(engine).astype(np.float32),
         updates=updates,
+        fresh=None if all(fresh) else np.repeat(np.array(fresh, np.float32), lengths),
         routing=np.concatenate([r for r in routing if r is not None]) if c.routing_replay else None,
     )

@@ -38,7 +38,9 @@ class StoredJudgement(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One line. Token ids and log-probabilities are exactly the engine's (float32 values, written without loss)."""
+    """One line. Token ids and log-probabilities are exactly the engine's (float32 values, written without loss). An
+    answer that is not `used` was left out of the batch. `first_version` wrote its first token, `weight_version` its
+    last (an older file has neither key)."""
 
     step: int
     prompt_id: str
@@ -63,6 +65,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: list[int]
     token_ids: list[int]
     logprobs: list[float]
+    first_version: int | None = None
+    used: bool = True
 
 
 def to_record(step: int, a: Answer) -> Record:
@@ -97,6 +101,8 @@ def to_record(step: int, a: Answer) -> Record:
         prompt_ids=s.prompt.token_ids.tolist(),
         token_ids=s.completion.token_ids.tolist(),
         logprobs=[float(x) for x in s.completion.logprobs],
+        first_version=s.completion.first_version,
+        used=a.used,
     )
 
 
@@ -120,8 +126,8 @@ def write_rollouts(directory: Path, step: int, answers: Sequence[Answer]) -> Pat
 
 def read_rollouts(
     directory: Path, step: int, prompts: Mapping[str, Prompt]
-) -> tuple[list[Sample], list[str], list[JudgeItem]]:
-    """A recorded step as samples, their texts, and judge items that carry the stored judgements.
+) -> tuple[list[Sample], list[str], list[JudgeItem], list[bool]]:
+    """A recorded step as samples, their texts, judge items that carry the stored judgements, and which were used.
 
     Raises BadInput naming file and line when the file is missing, a line is not a record, or its prompt or rubric is
     not the one in `prompts`.
@@ -134,6 +140,7 @@ def read_rollouts(
     samples: list[Sample] = []
     texts: list[str] = []
     items: list[JudgeItem] = []
+    used: list[bool] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             r = decode(line)
@@ -148,7 +155,7 @@ def read_rollouts(
             np.array(r.logprobs, np.float32),
             r.finish_reason,
             r.weight_version,
-            r.weight_version,
+            r.weight_version if r.first_version is None else r.first_version,
             routing=None if routing is None else routing[offset : offset + n_tokens],
         )
         offset += n_tokens
@@ -157,9 +164,10 @@ def read_rollouts(
         texts.append(r.response)
         kept = {name: j.judgement(name) for name, j in r.judgements.items()}
         items.append(JudgeItem(prompt.rubric, r.prompt, r.response, kept=kept))
+        used.append(r.used)
     if routing is not None and offset != len(routing):
         raise BadInput(_routing_file(directory, step), None, f"holds {len(routing)} tokens, the answers have {offset}")
-    return samples, texts, items
+    return samples, texts, items, used
 
 
 def _routing_file(directory: Path, step: int) -> Path:

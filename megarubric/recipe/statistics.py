@@ -37,7 +37,7 @@ def step_metrics(
         "perf/rollout_s": times.rollout,
         "perf/judge_s": times.judge_tail,
         "perf/judge_busy_s": times.judge_busy,
-    }
+    } | times.counts
     for name, c in s.criteria.items():
         if c.mean is not None:
             values[f"criterion/{name}/mean"] = c.mean

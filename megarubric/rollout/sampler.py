@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megarubric.rollout.client import EngineClient
 from megarubric.rollout.data import Prompt
@@ -42,6 +45,21 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
+def request_of(s: SamplingSettings, prompt_ids: NDArray[np.int32], max_tokens: int, seed: int) -> GenerateRequest:
+    return GenerateRequest(prompt_ids, max_tokens, seed, s.temperature, s.top_p, s.stop_token_ids)
+
+
+def group_seeds(s: SamplingSettings, step: int, prompts: Sequence[Prompt], seen: Counter[str]) -> list[list[int]]:
+    """Seeds of the groups of `prompts`. A prompt that comes again in a step (the end of one pass and the start of the
+    next, or a later round) draws other samples: `seen` counts how often each came, and goes on counting."""
+    groups = []
+    for prompt in prompts:
+        offset = seen[prompt.id] * s.samples_per_prompt
+        seen[prompt.id] += 1
+        groups.append([sample_seed(s.seed, step, prompt.id, offset + i) for i in range(s.samples_per_prompt)])
+    return groups
+
+
 class Sampler:
     """Draws groups from `engines`, which must serve the same weights.
 
@@ -54,13 +72,16 @@ class Sampler:
             raise ValueError("a sampler needs at least one engine")
         self.engines, self.settings, self.window = tuple(engines), settings, window
 
-    async def stream(self, step: int, prompts: Sequence[Prompt]) -> AsyncIterator[Sample]:
-        """All samples of `prompts`, each as soon as it has ended, so that judging can overlap with sampling.
+    async def stream(
+        self, step: int, prompts: Sequence[Prompt], seen: Counter[str] | None = None
+    ) -> AsyncGenerator[Sample]:
+        """All samples of `prompts`, each as soon as it has ended, so that judging can overlap with sampling. `seen`
+        counts the prompts of the step's earlier rounds (`group_seeds`).
 
         A sample that the engine could not draw is yielded too, with `completion.error`. Raises ProcessDied or
         RemoteError when an engine as a whole fails.
         """
-        waiting = deque(self._requests(step, prompts))
+        waiting = deque(self._requests(step, prompts, Counter() if seen is None else seen))
         events: asyncio.Queue[Sample | asyncio.Task[None]] = asyncio.Queue()
         workers = [asyncio.create_task(self._work(engine, waiting, events)) for engine in self.engines]
         for worker in workers:
@@ -86,23 +107,17 @@ class Sampler:
             groups[sample.group].append(sample)
         return [sorted(group, key=lambda s: s.index) for group in groups]
 
-    def _requests(self, step: int, prompts: Sequence[Prompt]) -> list[list[tuple[int, int, Prompt, GenerateRequest]]]:
+    def _requests(
+        self, step: int, prompts: Sequence[Prompt], seen: Counter[str]
+    ) -> list[list[tuple[int, int, Prompt, GenerateRequest]]]:
         s = self.settings
-        seen: Counter[str] = Counter()
-        groups = []
-        for group, prompt in enumerate(prompts):
-            # A prompt that comes twice in a step (the end of one epoch, the start of the next) draws other samples.
-            offset = seen[prompt.id] * s.samples_per_prompt
-            seen[prompt.id] += 1
-            requests = []
-            for index in range(s.samples_per_prompt):
-                seed = sample_seed(s.seed, step, prompt.id, offset + index)
-                request = GenerateRequest(
-                    prompt.token_ids, s.max_new_tokens, seed, s.temperature, s.top_p, s.stop_token_ids
-                )
-                requests.append((group, index, prompt, request))
-            groups.append(requests)
-        return groups
+        return [
+            [
+                (group, index, prompt, request_of(s, prompt.token_ids, s.max_new_tokens, seed))
+                for index, seed in enumerate(seeds)
+            ]
+            for group, (prompt, seeds) in enumerate(zip(prompts, group_seeds(s, step, prompts, seen)))
+        ]
 
     async def _work(
         self,

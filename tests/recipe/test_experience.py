@@ -113,7 +113,7 @@ def test_records_replay_to_the_same_batch_and_rewards(tmp_path: Path) -> None:
     rows = scored([answer(0, 0, 1, 4), answer(0, 1, None, 2), answer(0, 2, 0, 5)])
     write_rollouts(tmp_path, 7, rows)
     prompts = {a.sample.prompt.id: a.sample.prompt for a in rows}
-    samples, texts, items = read_rollouts(tmp_path, 7, prompts)
+    samples, texts, items, _ = read_rollouts(tmp_path, 7, prompts)
     judged = asyncio.run(Judge(None).judge(items))
     again = scored([Answer(s, t, j) for s, t, j in zip(samples, texts, judged)])
     assert [a.result for a in again] == [a.result for a in rows]
@@ -131,7 +131,7 @@ def test_what_was_unread_is_unread_and_counted_in_a_replay(tmp_path: Path) -> No
     one, two = answer(0, 0, 1, 4), answer(0, 1, 1, 4)
     rows = scored([replace(a, judgements=a.judgements | {"good": j}) for a, j in ((one, late), (two, sure))])
     write_rollouts(tmp_path, 1, rows)
-    samples, texts, items = read_rollouts(tmp_path, 1, {a.sample.prompt.id: a.sample.prompt for a in rows})
+    samples, texts, items, _ = read_rollouts(tmp_path, 1, {a.sample.prompt.id: a.sample.prompt for a in rows})
     judged = asyncio.run(Judge(None).judge(items))
     again = scored([Answer(s, t, j) for s, t, j in zip(samples, texts, judged)])
     assert [a.judgements["good"] for a in again] == [late, sure] and again[0].reward == 1.0  # the check alone
@@ -156,7 +156,7 @@ def test_routing_goes_into_the_batch_and_replays(tmp_path: Path) -> None:
     assert batch.routing.shape == (7 + 5 + 8, 2, 2)
     assert np.array_equal(batch.routing[7 + 5 :], rows[2].sample.completion.routing)
     write_rollouts(tmp_path, 1, rows)
-    samples, _, _ = read_rollouts(tmp_path, 1, {a.sample.prompt.id: a.sample.prompt for a in rows})
+    samples, *_ = read_rollouts(tmp_path, 1, {a.sample.prompt.id: a.sample.prompt for a in rows})
     for sample, a in zip(samples, rows, strict=True):
         assert np.array_equal(sample.completion.routing, a.sample.completion.routing)
     with pytest.raises(RolloutError, match="an answer has no recorded routing"):

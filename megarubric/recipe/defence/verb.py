@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from megarubric.config import TrainConfig, load_train
-from megarubric.config.schema import is_url
+from megarubric.config.judge import is_url
 from megarubric.errors import BadInput
 from megarubric.judging.opening import EngineFactory, JudgeUse, open_judge
 from megarubric.judging.settings import settings_of

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from megarubric.config.schema import is_url
+from megarubric.config.judge import is_url
 from megarubric.errors import BadInput
 from megarubric.judging.backends import backend_for_engine
 from megarubric.judging.backends.openai import OpenAIBackend, OpenAISettings, first_model

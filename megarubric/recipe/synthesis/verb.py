@@ -19,7 +19,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megarubric.config.schema import is_url
+from megarubric.config.judge import is_url
 from megarubric.errors import BadInput, Interrupted
 from megarubric.judging.opening import EngineFactory
 from megarubric.judging.prompt import load_template
