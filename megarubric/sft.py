@@ -23,7 +23,7 @@ from megarubric.launch.supervisor import Supervisor
 from megarubric.launch.system import System
 from megarubric.megatron.client import TrainerClient
 from megarubric.observe import terminal
-from megarubric.observe.metrics import MetricsLog
+from megarubric.observe.metrics import MetricsLog, check_wandb
 from megarubric.recipe.algorithms import algorithm
 from megarubric.recipe.learning import learning_rate
 from megarubric.recipe.sft_data import Row, RowOrder, batches, make_batch, read_rows
@@ -45,6 +45,7 @@ def run_sft(path: str, overrides: Sequence[str], *, fresh: bool) -> int:
     place = hosts.here(c.parallel.nodes)
     if place.node > 0:
         return run_agent(Path(c.runs_dir) / c.name, place, c.parallel.interface)
+    check_wandb(c.wandb)
     with claim(c.runs_dir, c.name, fresh) as dir:
         return asyncio.run(_run(c, dir, place))
 

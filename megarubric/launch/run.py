@@ -23,7 +23,7 @@ from megarubric.launch.system import System, running
 from megarubric.megatron.families import read_config
 from megarubric.observe import terminal
 from megarubric.observe.files import whole_file
-from megarubric.observe.metrics import MetricsLog
+from megarubric.observe.metrics import MetricsLog, check_wandb
 from megarubric.recipe.defence.apply import defend_rows, read_defences
 from megarubric.recipe.experience import Answer, WritingTimes
 from megarubric.recipe.records import read_rollouts
@@ -254,6 +254,7 @@ def run_train(path: str, overrides: Sequence[str], *, dry_run: bool, fresh: bool
     place = hosts.here(c.parallel.nodes)
     if place.node > 0:
         return run_agent(Path(c.runs_dir) / c.name, place, c.parallel.interface)
+    check_wandb(c.wandb)
     with claim(c.runs_dir, c.name, fresh) as dir:
         return asyncio.run(_run_train(c, dir, path, place))
 

@@ -6,11 +6,17 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megarubric.config.schema import Wandb
+from megarubric.errors import BadInput
+
+# Seconds for W&B's own process to start. It starts beside engines and trainer ranks that use every core: its own
+# limit of 30 s is too short for that.
+WANDB_START_S = 300.0
 
 
 class MetricsLog:
@@ -51,27 +57,47 @@ def _step_of(line: str) -> float:
         return math.inf  # a half-written last line
 
 
-def _open_wandb(run_dir: Path, wandb: Wandb, run_name: str, config: Mapping[str, Any]) -> Any:
-    if wandb.mode == "disabled":
-        return None
+def check_wandb(wandb: Wandb) -> None:
+    """Ask W&B whether the key is good, before anything is started, when runs are logged online. Raises BadInput."""
+    if wandb.mode != "online":
+        return
+    with _wandb_errors(wandb) as wb:
+        if not wb.login(prompt=False):
+            raise BadInput("config", "wandb.mode=online", "no API key: set WANDB_API_KEY, or log offline")
+
+
+@contextmanager
+def _wandb_errors(wandb: Wandb) -> Iterator[Any]:
+    """The module wandb, with its service told to take its time; its errors become BadInput."""
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb as wb
 
+    try:
+        wb.setup(settings=wb.Settings(x_service_wait=WANDB_START_S))  # what `init` is given comes too late for it
+        yield wb
+    except wb.Error as error:
+        raise BadInput("config", f"wandb.mode={wandb.mode}", f"W&B does not start: {error}") from error
+
+
+def _open_wandb(run_dir: Path, wandb: Wandb, run_name: str, config: Mapping[str, Any]) -> Any:
+    if wandb.mode == "disabled":
+        return None
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    run = wb.init(
-        mode=wandb.mode,
-        project=wandb.project,
-        entity=wandb.entity,
-        group=wandb.group,
-        name=run_name,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        dir=str(run_dir),
-        config=dict(config),
-        settings=wb.Settings(silent=True, console="off", x_disable_stats=True),
-    )
+    with _wandb_errors(wandb) as wb:
+        run = wb.init(
+            mode=wandb.mode,
+            project=wandb.project,
+            entity=wandb.entity,
+            group=wandb.group,
+            name=run_name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            dir=str(run_dir),
+            config=dict(config),
+            settings=wb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=WANDB_START_S),
+        )
     for family in ("train", "reward", "judge", "veto", "criterion", "perf", "eval", "rollout"):
         run.define_metric(f"{family}/*", step_metric="train/step")
     return run

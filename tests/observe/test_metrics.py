@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megarubric.config.schema import Wandb
+from megarubric.errors import BadInput
 from megarubric.observe.files import whole_file
-from megarubric.observe.metrics import MetricsLog
+from megarubric.observe.metrics import MetricsLog, check_wandb
 
 OFF = Wandb(mode="disabled")
 
@@ -43,8 +44,20 @@ def test_wandb_offline_keeps_its_id(tmp_path: Path) -> None:
         log = MetricsLog(tmp_path, Wandb(mode="offline"), "r", {"a": 1}, step - 1)
         log.log(step, {"reward/mean": 0.5})
         log.close()
-    ids = {p.name.rsplit("-", 1)[1] for p in (tmp_path / "wandb").glob("offline-run-*")}
-    assert ids == {(tmp_path / "wandb_id").read_text()}
+    # offline-run-SECOND-ID, and offline-run-SECOND-ID-1 when both begin in one second
+    ids = [p.name.split("-")[3] for p in (tmp_path / "wandb").glob("offline-run-*")]
+    assert ids == [(tmp_path / "wandb_id").read_text()] * 2
+
+
+def test_online_without_a_key_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(BadInput, match=r"^config: wandb\.mode=online: no API key"):
+        check_wandb(Wandb(mode="online"))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
