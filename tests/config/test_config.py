@@ -83,6 +83,12 @@ def test_dump_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
         ("rollout.engines=two", "rollout.engines: expected `int`"),
         ("rollout.samples_per_prompt=1", "at least 2 samples"),
         ("rollout.top_p=1.5", "rollout.top_p"),
+        ("rollout.dynamic_rounds=0", "rollout.dynamic_rounds: must be above 0"),
+        ("rollout.oversample=0.5", "rollout.oversample: must be from 1 (off) to 4, is 0.5"),
+        ("rollout.oversample=5", "rollout.oversample: must be from 1 (off) to 4, is 5"),
+        ("rollout.max_staleness=-1", "rollout.max_staleness: must not be negative"),
+        ("rollout={replay: r, dynamic_rounds: 2}", "rollout.dynamic_rounds: rollout.replay draws no prompts"),
+        ("rollout={replay: r, oversample: 1.5}", "rollout.oversample: rollout.replay writes no answers"),
         ("parallel.tp=3", "parallel.tp * cp * pp: 1 ranks cannot be divided by tp 3 * cp 1 * pp 1 = 3"),
         ("parallel.ep=2", "1 ranks cannot be divided by etp 1 * ep 2 * pp 1 = 2"),
         ("parallel={ranks: 2, pp: 2, vpp: 2}", "parallel.vpp: interleaving needs pp of at least 3, not 2"),
@@ -108,6 +114,13 @@ def test_refused_in_one_line(minimal: Path, override: str, words: str) -> None:
         load_train(minimal, [*(["train.lr=0.1"] if override == "train.lr.x=1" else []), override])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_older_weights_need_a_correction(minimal: Path) -> None:
+    with pytest.raises(BadInput, match=r"rollout\.oversample: older weights .* algorithm\.tis_cap must correct"):
+        load_train(minimal, ["rollout.oversample=1.25", "algorithm.tis_cap=0"])
+    config = load_train(minimal, ["rollout={oversample: 1.25, dynamic_rounds: 3}", "judge.kind=policy"])
+    assert (config.rollout.oversample, config.rollout.dynamic_rounds, config.rollout.max_staleness) == (1.25, 3, 4)
 
 
 def test_device_buffers_need_a_rank_on_every_gpu_of_an_engine(minimal: Path) -> None:

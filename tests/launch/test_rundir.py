@@ -66,3 +66,14 @@ def test_the_best_evaluation_is_remembered() -> None:
 def test_state_survives_json() -> None:
     state = RunState(step=3, version=3, data={"epoch": 1}, criterion_means={"sums": {"a": 0.1}}, fit={"k": "v"})
     assert msgspec.json.decode(msgspec.json.encode(state), type=RunState) == state
+
+
+def test_open_groups_go_with_their_checkpoint(tmp_path: Path) -> None:
+    with claim(str(tmp_path), "r", False) as run:
+        for step in (1, 2, 3):
+            run.checkpoint_path(step).mkdir(parents=True)
+            run.carry_path(step).write_bytes(b"")
+        assert run.checkpoint_steps() == [3, 2, 1]
+        run.prune(keep=1, best=1)
+        assert run.checkpoint_steps() == [3, 1]
+        assert [run.carry_path(step).exists() for step in (1, 2, 3)] == [True, False, True]

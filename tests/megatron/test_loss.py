@@ -177,6 +177,19 @@ def test_truncated_importance_sampling_multiplies_the_surrogate_only(cap):
     )
 
 
+def test_drift_is_measured_on_fresh_tokens_alone():
+    a = Answers(4, 0.5)
+    fresh = torch.from_numpy(np.repeat([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], a.lengths))
+    settings = algorithm("grpo").settings(tis_cap=2.0)
+    whole, all_fresh = policy_loss(a.now, a.entropy, a.inputs("grpo", old=a.old, rollout=a.rollout), settings)
+    loss, sums = policy_loss(a.now, a.entropy, a.inputs("grpo", old=a.old, rollout=a.rollout, fresh=fresh), settings)
+    gaps = [(a.old[t] - a.rollout[t]).abs() for k, (_, t) in enumerate(a.answers()) if k not in (1, 4)]
+    assert sums.logprob_abs_diff.item() == pytest.approx(sum(g.sum().item() for g in gaps))
+    assert sums.max_logprob_diff.item() == pytest.approx(max(g.max().item() for g in gaps))
+    assert sums.fresh.item() == sum(len(g) for g in gaps) < all_fresh.fresh.item() == a.answer.sum()
+    assert loss.item() == whole.item() and sums.tis.item() == all_fresh.tis.item()
+
+
 @pytest.mark.parametrize(("below", "above"), [(0.0, 0.0), (0.99, 0.0), (0.0, 1.05), (0.99, 1.1)])
 def test_masked_tokens_and_rejected_sequences_have_no_weight(below, above):
     a = Answers(9, 0.4)

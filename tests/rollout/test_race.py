@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import numpy as np
 import pytest
-from tiny_moe import VOCABULARY, token_logprobs
+from tiny_moe import VOCABULARY, experts_chosen, token_logprobs
+from tiny_prompts import make_prompts
+from weights import publish
 
 from megarubric.exchange.rpc import RemoteError
 from megarubric.rollout.messages import GenerateRequest, Race
+from megarubric.rollout.partial import PartialSampler
+from megarubric.rollout.sampler import SamplingSettings
 
 pytestmark = pytest.mark.engine
 
@@ -97,3 +102,38 @@ def test_an_impossible_race_is_refused_and_one_that_never_fills_gives_way(engine
 
     done, refused = run(abandoned())
     assert done.finish_reason == "length" and "never had all its calls" in str(refused)
+
+
+def test_samples_that_two_versions_wrote(engine, run, tiny_models):
+    """Cut short, gone on with after a weight update: each token has the log-probability of the version that drew it,
+    and the routing of the whole answer is that of the version that ended it."""
+    stop = tuple(range(24))  # of 512 tokens: answers have a long tail
+    sampler = PartialSampler([engine.client], SamplingSettings(3, 60, stop, seed=11), 2.0, max_staleness=4)
+    first_model, first = engine.model_dir, engine.version
+
+    def step(number: int, prompts):
+        async def all_of_it():
+            stream = sampler.stream(number, engine.version, prompts, 3, Counter())
+            return [sample async for group in stream for sample in group]
+
+        return run(all_of_it())
+
+    step(1, make_prompts(6))
+    written = {
+        (g.prompt.id, i): len(c.token_ids) for g in sampler.open for i in g.unfinished if (c := g.completions[i])
+    }
+    assert len(sampler.open) == 3 and written and sampler.aborted_tokens == sum(written.values())
+    second_model = next(m for m in tiny_models if m != first_model)
+    run(publish(engine.client, second_model, first + 1))
+    engine.model_dir, engine.version = second_model, first + 1
+    samples = [s for s in step(2, make_prompts(9)[6:]) if (s.prompt.id, s.index) in written]
+    assert samples
+    for s in samples:
+        c, n, p = s.completion, written[s.prompt.id, s.index], len(s.prompt.token_ids)
+        assert (c.first_version, c.weight_version) == (first, first + 1) and len(c.token_ids) > n
+        ids = np.concatenate([s.prompt.token_ids, c.token_ids])
+        drawn = [token_logprobs(model, ids)[p - 1 :] for model in (first_model, second_model)]
+        assert np.abs(np.concatenate([drawn[0][:n], drawn[1][n:]]) - c.logprobs).max() < 1e-4
+        assert np.abs(drawn[1][:n] - c.logprobs[:n]).max() > 1e-2
+        routing = np.sort(c.routing[:-1], -1)
+        assert (routing != experts_chosen(second_model, ids[:-1])).mean() < 1e-2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -11,21 +9,10 @@ from megarubric.exchange.rpc import Frames, WireError
 from megarubric.rollout.messages import GenerateRequest, TokenTierQuery, unpack_routing
 
 
-def chosen(directory: Path, ids: np.ndarray) -> np.ndarray:
-    """The experts transformers sends each token to, sorted, int [len(ids), layers, 2]."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(ids.astype(np.int64))[None], output_router_logits=True).router_logits
-    return np.stack([layer.topk(2, -1).indices.sort(-1).values.numpy() for layer in logits], axis=1)
-
-
 @pytest.mark.engine
 def test_reported_routing_is_the_models_own(engine, run):
     """Eight samples of one prompt of 70 tokens: seven take two blocks from the cache, also while the first runs."""
-    from tiny_moe import VOCABULARY
+    from tiny_moe import VOCABULARY, experts_chosen
 
     prompt = (np.arange(70) * 11 % VOCABULARY).astype(np.int32)
     longer = np.concatenate([prompt, prompt[:40]])
@@ -44,7 +31,7 @@ def test_reported_routing_is_the_models_own(engine, run):
         ids = np.concatenate([request.prompt_ids, sample.token_ids])
         assert sample.routing.shape == (len(ids), 4, 2) and sample.routing.dtype == np.uint8
         assert (sample.routing[-1] == 255).all()  # the last token was never read
-        want = chosen(engine.model_dir, ids[:-1])
+        want = experts_chosen(engine.model_dir, ids[:-1])
         got = np.sort(sample.routing[:-1], -1)
         wrong, total = wrong + int((got != want).sum()), total + want.size
     assert wrong <= total // 1000, f"{wrong} of {total}"  # fp32 on both sides: a tie at most

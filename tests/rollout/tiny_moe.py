@@ -75,3 +75,14 @@ def log_softmax(directory: Path, ids: NDArray[np.int32]) -> NDArray[np.float32]:
 def token_logprobs(directory: Path, ids: NDArray[np.int32]) -> NDArray[np.float32]:
     """Log-probability of each token of `ids` given those before it, from the second on: float32 [len(ids) - 1]."""
     return log_softmax(directory, ids)[np.arange(len(ids) - 1), ids[1:]]
+
+
+def experts_chosen(directory: Path, ids: np.ndarray) -> np.ndarray:
+    """The experts transformers sends each token to, sorted, int [len(ids), layers, 2]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids.astype(np.int64))[None], output_router_logits=True).router_logits
+    return np.stack([layer.topk(2, -1).indices.sort(-1).values.numpy() for layer in logits], axis=1)
