@@ -95,7 +95,7 @@ class Train(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     grad_clip: float = 1.0
     micro_batch_tokens: int = 4096  # of a data-parallel rank
     recompute: bool = False
-    optimizer_offload: bool = False  # Adam and its state on the host, in Megatron's hybrid optimizer; needs a GPU
+    optimizer_offload: bool = False  # Adam and its state on the host (Megatron's hybrid optimizer); a GPU, bfloat16
     fp8: fp8.Recipe = "none"  # of Transformer Engine's matrix products (config/fp8.py)
     fp8_parameters: bool = False  # the weights of those products are kept in FP8 as well (docs/layouts.md)
     fp8_bf16_layers: int = 1  # so many first and last layers keep bf16 linears; 0 with delayed scaling
@@ -310,6 +310,12 @@ def check_filter(f: Filter) -> str | None:
     return None
 
 
+def check_offload(t: Train, dtype: str) -> str | None:
+    if t.optimizer_offload and dtype != "bfloat16":
+        return f"train.optimizer_offload: writes bfloat16 weights from float32 ones on the host, model.dtype is {dtype}"
+    return None
+
+
 def check_fp8(t: Train, p: Parallel, dtype: str) -> str | None:
     if wrong := fp8.refuse(t.fp8, p.sm, dtype, t.fp8_bf16_layers):
         return f"train.fp8: {wrong}"
@@ -334,7 +340,7 @@ def check_exchange(c: TrainConfig) -> str | None:
 def check_train(c: TrainConfig) -> str | None:
     """First reason why this run cannot run, as ``key: sentence``, or None."""
     wrong = check_parallel(c.parallel) or check_optimizer(c.train)
-    wrong = wrong or check_fp8(c.train, c.parallel, c.model.dtype)
+    wrong = wrong or check_offload(c.train, c.model.dtype) or check_fp8(c.train, c.parallel, c.model.dtype)
     wrong = wrong or check_rollout(c.rollout, c.algorithm.tis_cap)
     wrong = wrong or check_judge(c.judge)
     wrong = wrong or check_algorithm(c.algorithm) or check_filter(c.filter)
@@ -367,7 +373,7 @@ def check_train(c: TrainConfig) -> str | None:
 
 def check_sft(c: SftConfig) -> str | None:
     wrong = check_parallel(c.parallel) or check_optimizer(c.train)
-    wrong = wrong or check_fp8(c.train, c.parallel, c.model.dtype)
+    wrong = wrong or check_offload(c.train, c.model.dtype) or check_fp8(c.train, c.parallel, c.model.dtype)
     wrong = wrong or positive(c.data, "data", "tokens_per_step", "max_tokens")
     if not wrong and not c.data.train:
         return "data.train: names no file"

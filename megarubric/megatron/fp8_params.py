@@ -63,17 +63,21 @@ def stow(parameters: Iterable[Tensor]) -> list[Stowed]:
             if not isinstance(value, Tensor):
                 continue
             storage = value.untyped_storage()
-            if storage.nbytes() == 0:
-                continue
-            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=value.is_cuda)
-            host.copy_(_all_bytes(storage))
-            storage.resize_(0)
-            out.append(Stowed(storage, host))
+            if storage.nbytes() > 0:
+                out.append(empty(storage, pin=value.is_cuda))
     return out
 
 
+def empty(storage: torch.UntypedStorage, *, pin: bool) -> Stowed:
+    """Move a storage's bytes to host memory; tensors keep it, with nothing in it. `pin` takes page-locked memory."""
+    host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pin)
+    host.copy_(_all_bytes(storage))
+    storage.resize_(0)
+    return Stowed(storage, host)
+
+
 def unstow(stowed: Iterable[Stowed]) -> None:
-    """Undo `stow`."""
+    """Undo `stow` and `empty`."""
     for one in stowed:
         one.storage.resize_(one.bytes.numel())
         _all_bytes(one.storage).copy_(one.bytes)

@@ -20,6 +20,7 @@ cpu.ensure()  # before the megatron imports below
 
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer  # noqa: E402
 from megatron.core.optimizer.optimizer import ChainedOptimizer  # noqa: E402
 
 from megarubric.megatron.fp8_params import is_quantised  # noqa: E402
@@ -49,7 +50,7 @@ class TrainedModel:
         self.config: Any = models[0].config
         self.quantised = any(is_quantised(p) for model in models for p in model.parameters())
         self.chunks = wrap_for_training(models)
-        self.clip = adam.clip
+        self.clip, self.offloaded = adam.clip, adam.offload
         settings = OptimizerConfig(
             optimizer="adam",
             lr=0.0,  # set at each step
@@ -63,12 +64,15 @@ class TrainedModel:
             use_distributed_optimizer=True,
             optimizer_cpu_offload=adam.offload,
             optimizer_offload_fraction=1.0 if adam.offload else 0.0,
+            # What the hybrid optimizer is written for: the host alone has float32 masters. With Megatron's own as well,
+            # those would stay on the device, and no checkpoint could be loaded.
+            use_precision_aware_optimizer=adam.offload,
             fp8_recipe=self.config.fp8_recipe if self.quantised else None,
             reuse_grad_buf_for_mxfp8_param_ag=self._staged,
         )
         self.optimizer: Any = get_megatron_optimizer(settings, self.chunks)
         for part in self._parts():
-            _start_state(part.optimizer)
+            _start_state(part)
         if self.quantised:
             self.weights_from_masters()
 
@@ -84,6 +88,16 @@ class TrainedModel:
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         for chunk in self.chunks:
             yield from chunk.parameters()
+
+    def optimizer_tensors(self) -> Iterator[torch.Tensor]:
+        """What Adam steps (masters, and parameters that are their own masters) and its state."""
+        for part in self._parts():
+            if part.optimizer is None:
+                continue
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+            for state in part.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -110,7 +124,8 @@ class TrainedModel:
             return
         scale = self.clip / (norm + 1e-6)
         for part in self._parts():
-            grads = [p.grad for p in part.get_parameters() if p.grad is not None]
+            name = "decoupled_grad" if self.offloaded else "grad"  # float32, of a bf16 parameter
+            grads = [g for p in part.get_parameters() if (g := getattr(p, name, None)) is not None]
             if grads:
                 torch._foreach_mul_(grads, scale)
 
@@ -190,10 +205,20 @@ def _set_without_step(part: Any, param: torch.nn.Parameter, tensors: dict[str, A
     type(part)._set_main_param_and_optimizer_states(part, param, {"step": None, **tensors})  # None is left as it is
 
 
-def _start_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make torch AdamW's lazily created state now, as its first step would: a run can be saved before any step."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return  # Transformer Engine's FusedAdam keeps its step in the group, and Megatron copes with it being empty
+def _start_state(part: Any) -> None:
+    """Make Adam's lazily created state now, as its first step would: a run can be saved before any step."""
+    optimizer = part.optimizer
+    if isinstance(optimizer, HybridDeviceOptimizer):
+        for inner in optimizer.sub_optimizers:
+            _start_adamw(inner)
+        optimizer._sync_sub_optimizers_state_to_hdo()
+    elif isinstance(optimizer, torch.optim.AdamW):
+        _start_adamw(optimizer)
+    elif optimizer is not None:
+        part.init_state_fn(optimizer, part.config)  # Transformer Engine's FusedAdam, which counts steps by group
+
+
+def _start_adamw(optimizer: torch.optim.AdamW) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p not in optimizer.state:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from megarubric.megatron import nccl
-from megarubric.megatron.fp8_params import Stowed, drop_copies, stow, unstow
+from megarubric.megatron.fp8_params import Stowed, drop_copies, empty, stow, unstow
 from megarubric.megatron.optimizer import TrainedModel
 
 
@@ -37,7 +37,7 @@ class Residence:
         drop_copies(self._model.chunks)
         if parameters:
             self._stowed += stow(self._model.parameters())
-        self._model.optimizer.offload_to_cpu()
+        self._stowed += self._stow_optimizer()
         torch.cuda.empty_cache()
         if parameters:
             self._suspend()
@@ -53,7 +53,26 @@ class Residence:
             chunk.restore_grad_buffers()
         unstow(self._stowed)
         self._stowed = []
-        self._model.optimizer.restore_from_cpu()
+
+    def _stow_optimizer(self) -> list[Stowed]:
+        """Masters and moments that lie on the device.
+
+        Not Megatron's own `offload_to_cpu`: it copies float32 parameters, which are their own masters, out of buffers
+        that may be empty already, and `restore_from_cpu` takes the state of an optimizer on the host to the device.
+        """
+        seen = {
+            buffer.param_data.untyped_storage()._cdata
+            for chunk in self._model.chunks
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+            if buffer.param_data is not None
+        }
+        out = []
+        for tensor in self._model.optimizer_tensors():
+            storage = tensor.untyped_storage()
+            if tensor.is_cuda and storage.nbytes() > 0 and storage._cdata not in seen:
+                seen.add(storage._cdata)
+                out.append(empty(storage, pin=False))
+        return out
 
     @contextmanager
     def connected(self) -> Iterator[None]:
