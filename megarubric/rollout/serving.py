@@ -1,8 +1,8 @@
 """The loop of an engine process: read requests between model steps, step, answer what has finished.
 
 Requests are taken strictly in the order of their arrival. One that needs an idle engine (a new weight version, sleep)
-waits at the head of the queue until everything before it has finished, and everything behind it waits too: so a sample
-is drawn by one weight version from its first token to its last, and a request sent after an update sees that update.
+waits at the head of the queue until everything before it has finished, and everything behind it waits too: so a request
+is served by one weight version from its first token to its last, and one sent after an update sees that update.
 """
 
 from __future__ import annotations
