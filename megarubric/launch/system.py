@@ -106,10 +106,17 @@ class System:
         trainer, _ = await asyncio.gather(self.trainer.describe(), waits)
         self.shares_devices = bool(engines) and trainer.device != "cpu"
 
+    async def engines_started(self) -> None:
+        """On a GPU, before an engine is started that may share it: wait for those that were. What an engine takes up,
+        and so what is left of its share for the KV cache, vLLM measures as what disappears from the device's free
+        memory while it starts, whoever took it."""
+        if plan.on_gpu():
+            await asyncio.gather(*(engine.ready() for engine in (*self.policies, *self.judge_engines)))
+
     async def engines_first(self) -> None:
-        """On a GPU, before the trainer is started: an engine measures what is free when it starts, so it starts on an
-        empty device, and sleeps while the trainer builds its model."""
-        await asyncio.gather(*(engine.ready() for engine in (*self.policies, *self.judge_engines)))
+        """On a GPU, before the trainer is started: an engine measures what is free when it starts, so it starts on a
+        device without the trainer, and sleeps while that builds its model."""
+        await self.engines_started()
         await self._sleep(policy_level=1)
 
     async def training(self) -> None:
@@ -205,8 +212,8 @@ async def running(
             if config.rollout.replay is None:
                 policy = plan.engine_config(config, "policy")
                 system.policies = [system.start_engine(f"policy-{i}", policy, i) for i in range(config.rollout.engines)]
-            system.judge = await make_judge(config, system)
             try:
+                system.judge = await make_judge(config, system)
                 if worker is not None and by_turns:
                     await system.engines_first()
                     system.trainer = system.start_trainer(worker, config.parallel.ranks, config.parallel.master_port)
