@@ -1,10 +1,10 @@
 """The answers of a step, in one round or several: plain, dynamic sampling, partial rollouts, or both.
 
-Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2 and eq. 11): a group whose answers all have the same reward has no
-gradient, and a batch of many such groups is a small one. So further prompts are drawn in their place, until
-`prompts_per_step` groups say something or `dynamic_rounds` rounds are done. A round after the first draws as many as are
-missing, so no group that says something is ever left over. Partial rollouts are in `rollout.partial`; with both, a later
-round first goes on with what the round before cut short.
+Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2 and eq. 11): a group whose answers all have the same reward has
+no gradient, and a batch of many such groups is a small one. So further prompts are drawn in their place, until
+`prompts_per_step` groups say something or `dynamic_rounds` rounds are done. A later round draws as many as are missing,
+so no group that says something is ever left over. Partial rollouts are in `rollout.partial`; with both, a later round
+first goes on with what the round before cut short.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from tiny_prompts import make_prompts
 from weights import publish
 
 from megarubric.exchange.rpc import RemoteError
-from megarubric.rollout.messages import GenerateRequest, Race
+from megarubric.rollout.messages import GenerateRequest, Race, TokenTierQuery
 from megarubric.rollout.partial import PartialSampler
 from megarubric.rollout.sampler import SamplingSettings
 
@@ -67,6 +67,22 @@ def test_nothing_of_a_cut_sample_is_left_in_the_engine(engine, run):
     want = token_logprobs(engine.model_dir, np.concatenate([ids, again.token_ids]))[len(ids) - 1 :]
     assert np.abs(want - again.logprobs).max() < 1e-4
     assert run(engine.client.stats()).steps - after.steps == 30  # one sequence a step: no ghost is computed beside it
+
+
+def test_others_requests_are_not_cut(engine, run):
+    """The judge may be the same engine: its queries and written replies end as they would alone."""
+    query = TokenTierQuery(prompt(50), np.array([3, 5], np.int32))
+    (alone,) = run(engine.client.tier_logprobs([query]))
+
+    async def together():
+        short, long = [greedy(prompt(9), 4)], [greedy(prompt(20), 80)]
+        calls = [engine.client.generate(requests, Race(8, 2, 1)) for requests in (short, long)]
+        other = engine.client.generate([greedy(prompt(11), 30)])
+        return await asyncio.gather(*calls, other, engine.client.tier_logprobs([query]))
+
+    _, (cut,), (whole,), (score,) = run(together())
+    assert cut.finish_reason == "abort" and whole.finish_reason == "length" and len(whole.token_ids) == 30
+    assert score.error is None and np.abs(score.logprobs - alone.logprobs).max() < 1e-4
 
 
 def test_what_is_cut_where_does_not_depend_on_when_messages_come(engine, run):
