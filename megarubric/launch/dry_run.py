@@ -45,7 +45,8 @@ def describe(config: TrainConfig, hf: Mapping[str, Any], commands: Sequence[tupl
 
 def memory_table(c: TrainConfig, hf: Mapping[str, Any]) -> list[str]:
     """Lines: a rank of every kind of pipeline stage, and for a GPU what each phase of a step needs of it."""
-    kernels: Kernels = "transformer_engine" if c.parallel.device_gb else "local"
+    fast = c.parallel.device_gb and c.model.dtype == "bfloat16"  # as megatron.model.kernels, with Transformer Engine
+    kernels: Kernels = "transformer_engine" if fast else "local"
     stages = stage_memory(hf, c.parallel, c.train, c.model.dtype, kernels)
     lines = [
         f"# memory of a trainer rank in GB (arithmetic; micro-batches of {c.train.micro_batch_tokens} tokens)",

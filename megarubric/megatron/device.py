@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 
@@ -38,3 +39,5 @@ def check(config: WorkerConfig) -> None:
             log.warning("parallel.card %s", warned)
     if wrong := fp8.refuse(config.fp8, sm, config.dtype, config.fp8_bf16_layers, "this GPU"):
         raise BadInput("trainer", "train.fp8", wrong)
+    if config.fp8 != "none" and importlib.util.find_spec("transformer_engine") is None:  # Megatron would train in bf16
+        raise BadInput("trainer", "train.fp8", f"{config.fp8} needs Transformer Engine, which is not installed")

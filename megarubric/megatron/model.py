@@ -71,6 +71,16 @@ def padded_vocab_size(hf_config: dict[str, Any], layout: ParallelLayout) -> int:
     return int(-(-hf_config["vocab_size"] // layout.tp) * layout.tp)
 
 
+def kernels(dtype: torch.dtype) -> Implementation:
+    """Transformer Engine's modules for bf16 on a GPU that has them, those of layers.py otherwise.
+
+    Transformer Engine has no packed attention for float32 but one that forms all scores, padded to the longest
+    sequence, and multiplies float32 matrices in TF32: not what float32 is asked for.
+    """
+    fitting = torch.cuda.is_available() and HAVE_TE and dtype is torch.bfloat16
+    return "transformer_engine" if fitting else "local"
+
+
 def transformer_config(
     hf_config: dict[str, Any] | str | Path,
     layout: ParallelLayout,
@@ -87,7 +97,7 @@ def transformer_config(
     """
     hf, where = read_config(hf_config)
     family = family_of(hf, where)
-    implementation = implementation or ("transformer_engine" if torch.cuda.is_available() and HAVE_TE else "local")
+    implementation = implementation or kernels(dtype)
     engine = implementation == "transformer_engine"
     fields: dict[str, Any] = {
         **family.transformer_fields(hf),
@@ -170,8 +180,8 @@ def build_model(
     """The model chunks this rank holds (one, or `layout.vpp`), with weights not yet set.
 
     Needs `parallel.initialize(layout)`. Fill the weights with `weights.load_hf` or `weights.init_weights`; only the
-    rows that pad the vocabulary are set (to zero) here. `implementation` is Transformer Engine's modules with CUDA and
-    Transformer Engine, those of layers.py without. Raises BadInput for a config or a layout that cannot run.
+    rows that pad the vocabulary are set (to zero) here. `implementation` None leaves it to `kernels`. Raises BadInput
+    for a config or a layout that cannot run.
     """
     hf, where = read_config(hf_config)
     family = family_of(hf, where)

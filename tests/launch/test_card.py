@@ -76,6 +76,9 @@ def test_a_rank_on_another_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert "parallel.card is h100, and this GPU is another one: NVIDIA B200 (sm_100, 191 GB)" in caplog.text
     with pytest.raises(BadInput, match="blockwise is for sm_90 cards, this GPU is sm_100: use mxfp8"):
         device.check(WorkerConfig(model_dir="m", card="h100", dtype="bfloat16", fp8="blockwise"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="current needs Transformer Engine, which is not installed"):
+        device.check(WorkerConfig(model_dir="m", card="h100", dtype="bfloat16", fp8="current"))
     found.major, found.total_memory = 9, 80 * 10**9
     with pytest.raises(BadInput, match=r"parallel\.card: is b200, sm_100, and this GPU is older"):
         device.check(WorkerConfig(model_dir="m", card="b200"))
