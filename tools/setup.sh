@@ -25,10 +25,22 @@ if [ "$want_packages" != "$have_packages" ]; then
     echo "setup: uv could not install the lock, trying pip"
     .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps -r "$lock"
   fi
-  if [ "$lock" = requirements/gpu.lock ]; then
+  if [ "$lock" = requirements/gpu.lock ] && [ "${MEGARUBRIC_TE:-1}" != 0 ]; then
     echo "setup: building Transformer Engine (about 18 minutes; MEGARUBRIC_TE=0 skips it)"
-    [ "${MEGARUBRIC_TE:-1}" = 0 ] || .venv/bin/python -m pip install -q --no-build-isolation -r requirements/gpu-te.txt \
-      || echo "setup: Transformer Engine did not build; FP8 is off (megarubric doctor tells more)"
+    # Against the headers of the locked CUDA packages, which torch is built with: a CUDA toolkit of this machine may be
+    # another version, and seldom has those of cuDNN and NCCL. Its nvcc is only asked for its version.
+    nvidia=$(.venv/bin/python -c 'import nvidia; print(list(nvidia.__path__)[0])')
+    export NVTE_BUILD_USE_NVIDIA_WHEELS=1
+    CPATH=$(printf '%s:' "$nvidia"/*/include)${CPATH:-}
+    export CPATH=${CPATH%:}
+    nvcc=$(ls -d "$nvidia"/cu*/bin/nvcc 2>/dev/null | tail -1) || true
+    [ -z "$nvcc" ] || export CUDA_HOME=${nvcc%/bin/nvcc}
+    # What does not import goes again: Megatron takes one that is missing, not one that is broken.
+    .venv/bin/python -m pip install -q --no-build-isolation -c "$lock" -r requirements/gpu-te.txt \
+      && .venv/bin/python -c 'import transformer_engine.pytorch' >/dev/null \
+      || { .venv/bin/python -m pip uninstall -q -y transformer-engine transformer-engine-torch \
+             transformer-engine-cu12 transformer-engine-cu13 2>/dev/null || true
+           echo "setup: Transformer Engine did not build; FP8 is off, and bf16 takes plain modules (megarubric doctor)"; }
   fi
   echo "$want_packages" >.venv/.packages
   rm -f .venv/.native
