@@ -110,6 +110,9 @@ def build_engine(config: EngineConfig, cpu: bool) -> LLMEngine:
 
     _know_architecture(Path(config.model_dir))
     args: dict[str, Any] = {}
+    # The loop takes an engine without requests for one at rest. Scheduling ahead, vLLM's choice on a GPU, would leave a
+    # step in flight behind the last answer, while weights change or memory is given away.
+    args["async_scheduling"] = False
     if cpu:
         args["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
         # A sample drawn in the middle of a chunked prefill is discarded and its random generator rewound, which a CPU

@@ -26,7 +26,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from megarubric.errors import MegarubricError
-from megarubric.exchange.receiver import Receiver, State, UpdateRefused, checksum_of
+from megarubric.exchange.receiver import Receiver, State, UpdateFailed, UpdateRefused, checksum_of
 from megarubric.exchange.rpc import Call, Server
 from megarubric.rollout import messages as m
 from megarubric.rollout.jobs import EngineRefused, Job, Race
@@ -334,7 +334,9 @@ class EngineLoop:
         seconds = self.receiver.finish(update.version, update.checksum)
         # Keys and values of the old weights must not be read again: vLLM does not forget them by itself. Requests
         # that go on compute theirs anew.
-        self.engine.reset_prefix_cache(reset_running_requests=bool(self._jobs))
+        if not self.engine.reset_prefix_cache(reset_running_requests=bool(self._jobs)):
+            self.receiver.lose_weights()
+            raise UpdateFailed(f"version {update.version}: keys and values of the old weights could not be dropped")
         if self._capture:
             self.engine.collective_rpc("forget_routing")
         self.engine.set_weight_version(str(update.version))
