@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megarubric import __version__
+from megarubric.arguments import count, seconds
 from megarubric.errors import BadInput, MegarubricError
 from megarubric.recipe.defence.options import defend_arguments
 from megarubric.recipe.synthesis.options import synthesize_arguments
@@ -172,13 +173,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help says more)\n")
 
 
-def _count(text: str) -> int:
-    """0 or more, for argparse."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     """The whole command line, for `--help` and for tests."""
     top = _Parser(
@@ -212,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", choices=("heldout", "judge"), default="heldout", help="what is measured")
     p.add_argument("--rubrics", type=Path, metavar="FILE", help="suite judge: rubrics of the labelled answers")
     p.add_argument("--labelled", type=Path, metavar="FILE", help="suite judge: answers with known judgements, JSONL")
-    p.add_argument("--attacks", type=_count, default=8, metavar="N", help="suite judge: answers to attack (default 8)")
+    p.add_argument("--attacks", type=count, default=8, metavar="N", help="suite judge: answers to attack (default 8)")
     p.add_argument("--author", metavar="NAME", help="suite judge: the judge's own name among the answers' authors")
     p.add_argument("--fit-calibration", type=Path, metavar="FILE", help="suite judge: write the labels' calibration")
     p.add_argument("--out", metavar="FILE", default="eval.json", help="where the result goes (default eval.json)")
@@ -230,8 +224,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, metavar="T", help="of the draws (default 0, or 0.7 for several)")
     p.add_argument("--second-judge", metavar="MODEL_DIR|URL", help="asked where the first is unsure or unread")
     p.add_argument("--calibration", type=Path, metavar="FILE", help="corrects the judge's scores (eval makes it)")
-    p.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for one call (default 120)")
-    p.add_argument("--max-requests", type=_count, default=0, metavar="N", help="budget of a URL; beyond it: unread")
+    p.add_argument("--timeout", type=seconds, default=120.0, metavar="S", help="seconds for one call (default 120)")
+    p.add_argument("--max-requests", type=count, default=0, metavar="N", help="budget of a URL; beyond it: unread")
     p.add_argument("--cache", type=Path, metavar="FILE", help="SQLite file of judgements: nothing is judged twice")
     p.add_argument("--replay-only", action="store_true", help="with --cache: ask no judge at all")
     p.add_argument("--json", action="store_true", help="print the counts as JSON")
@@ -259,7 +253,7 @@ def parser() -> argparse.ArgumentParser:
     p = verb("submit", _submit, "render the Slurm job of a run (`slurm:` in the config) and submit it")
     config(p)
     p.add_argument("--dry-run", action="store_true", help="print the batch script; submit nothing")
-    p.add_argument("--chain", type=_count, default=1, metavar="N", help="N jobs, one after the other, each resuming")
+    p.add_argument("--chain", type=count, default=1, metavar="N", help="N jobs, one after the other, each resuming")
 
     p = verb("report", _report, "one self-contained HTML file about a run: curves, samples, hacking signals")
     p.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, e.g. runs/quickstart")

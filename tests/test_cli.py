@@ -90,6 +90,7 @@ def test_overrides_may_stand_before_and_behind_options(tmp_path: Path, capsys: p
         (["score"], "--rubrics"),
         (["rubrics", "lint"], "PATH"),
         (["doctor", "more"], "unrecognized arguments: more"),
+        (["score", "--rubrics=r", "--responses=r", "--out=o", "--timeout=nan"], "nan is not a number of seconds"),
         (["train", CONFIG, "--dry-run", "--bogus", "train.lr=1"], "--bogus"),
     ],
 )

@@ -61,8 +61,10 @@ def _load[T: (TrainConfig, SftConfig)](path: str | Path, overrides: Sequence[str
         tree = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(path, None, "no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(path, None, f"cannot be read: {error}") from None
+    except OSError as error:
+        raise BadInput(path, None, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(path, None, f"is not UTF-8 text (byte {error.start})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else None
@@ -79,6 +81,8 @@ def _load[T: (TrainConfig, SftConfig)](path: str | Path, overrides: Sequence[str
         raise BadInput(path, *_explain(str(error), kind)) from None
     if not _NAME.fullmatch(config.name):
         raise BadInput(path, "name", f"{config.name!r} is not a run name: letters, digits, dot, dash and underscore")
+    if not 0 <= config.seed < 2**32:
+        raise BadInput(path, "seed", f"must lie between 0 and 2**32 - 1, is {config.seed}")
     return config
 
 

@@ -90,7 +90,8 @@ def _slurm() -> Finding:
     if path is None:
         return Finding("slurm", None, "sbatch not found: runs start on this machine only")
     out = subprocess.run([path, "--version"], capture_output=True, text=True)
-    return Finding("slurm", out.returncode == 0, out.stdout.strip() or out.stderr.strip())
+    said = out.stdout.strip() or out.stderr.strip() or f"{path} --version ended with status {out.returncode}"
+    return Finding("slurm", out.returncode == 0, said.splitlines()[-1])
 
 
 def _wandb() -> Finding:

@@ -28,6 +28,20 @@ def test_defaults_and_overrides(minimal: Path) -> None:
     assert config.algorithm.name == "grpo"
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes(minimal: Path, seed: int) -> None:
+    with pytest.raises(BadInput, match="seed: must lie between 0 and"):
+        load_train(minimal, [f"seed={seed}"])
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"name: \xfe")
+    with pytest.raises(BadInput, match=r"binary\.yaml: is not UTF-8 text \(byte 6\)$"):
+        load_train(tmp_path / "binary.yaml", [])
+    with pytest.raises(BadInput, match=r"cannot be read: Is a directory$"):
+        load_train(tmp_path, [])
+
+
 JUDGE_REFUSALS = [
     ("kind: none, cache: j.db", "judge.cache: given, but judge.kind is none"),
     ("kind: none, second: m", "judge.second: given, but judge.kind is none"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megarubric.arguments import seconds
+
 # As in `rubrics.schema` and `rubrics.synthesis.model`, which take a tenth of a second to import.
 FAMILIES = ("instruction", "creative", "social", "humanities", "reasoning", "safety", "defence", "style")
 WAYS = ("seeded", "critique", "stronger", "hybrid")
@@ -69,7 +71,7 @@ def synthesize_arguments(p: argparse.ArgumentParser) -> None:
     g.add_argument("--max-total-tokens", type=int, default=0, metavar="N", help="budget of each URL; 0: none")
     g.add_argument("--at-once", type=_positive, default=8, metavar="N", help="prompts under way (default 8)")
     g.add_argument("--concurrency", type=_positive, default=16, metavar="N", help="requests under way at a URL")
-    g.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="of one request (default 300)")
+    g.add_argument("--timeout", type=seconds, default=300.0, metavar="SECONDS", help="of one request (default 300)")
 
 
 def _positive(text: str) -> int:
