@@ -12,14 +12,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, PER_STEP, SAMPLES = 5, 4, 3
+STEPS, PER_STEP, SAMPLES = 4, 4, 3
+THINGS = ("taxi", "ferry", "drum", "trouble", "visitor", "bicycle", "parcel", "garden", "window")
 pytestmark = pytest.mark.engine
+
+
+def prompts(path: Path) -> Path:
+    """Rubrics that a program alone decides, yes or no: of three answers all are often alike."""
+    rows = [
+        {
+            "id": f"t.note-{i}", "version": 1, "title": "A note", "scope": "instance", "family": "social",
+            "provenance": {"author": "human", "source": "test", "licence": "Apache-2.0"},
+            "prompt": f"Write a note to our neighbour Bruno about the {what}. It should have 20 to 40 words.",
+            "criteria": [{"id": "length", "description": "Fewer than 30 words.", "weight": 1.0, "check": {
+                "kind": "length_constraints:number_words", "relation": "less than", "num_words": 30}}],
+        }
+        for i, what in enumerate(THINGS)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def train(runs: Path, name: str) -> subprocess.CompletedProcess[str]:
     options = [
         f"runs_dir={runs}", f"name={name}", f"train.steps={STEPS}", "train.warmup_steps=0", "judge.kind=none",
-        f"rollout.prompts_per_step={PER_STEP}", f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_new_tokens=48",
+        f"data.train={prompts(runs / 'notes.jsonl')}",
+        f"rollout.prompts_per_step={PER_STEP}", f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_new_tokens=64",
         "rollout.dynamic_rounds=3", "rollout.oversample=1.75", "rollout.max_staleness=1",
         "reward.advantage=objective_wise", "reward.gamma=1", "data.heldout=null", "checkpoint.every=1",
         "checkpoint.keep=9", "checkpoint.export_hf=false", "wandb.mode=disabled",
@@ -42,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_batches_are_whole_and_older_tokens_known(whole: Path) -> None:
-    rows, used_versions = metrics(whole), Counter[int]()
+    rows, used_versions, drift = metrics(whole), Counter[int](), []
     for step in range(1, STEPS + 1):
         lines = (whole / f"rollouts/step_{step}.jsonl").read_text().splitlines()
         answers = [json.loads(line) for line in lines]
@@ -55,10 +73,13 @@ def test_batches_are_whole_and_older_tokens_known(whole: Path) -> None:
         assert all(step - 2 <= a["first_version"] <= a["weight_version"] <= step - 1 for a in answers)
         used_versions.update(step - 1 - a["first_version"] for a in used)
         assert all(len(a["token_ids"]) == len(a["logprobs"]) for a in answers)
-        drift = rows[step]["train/logprob_abs_diff"]  # of this version's answers alone
-        assert drift is None or drift < 1e-4
+        drift.append(rows[step].get("train/logprob_abs_diff"))
     assert used_versions[1] > 0, "answers that two versions wrote are trained on"
     assert sum(rows[step]["rollout/aborted_tokens"] for step in rows) > 0
+    assert max(rows[step]["rollout/rounds"] for step in rows) > 1
+    assert sum(rows[step]["train/skipped"] for step in rows) <= 1, "hardly a step without anything to learn"
+    measured = [x for x in drift if x is not None]  # on answers of the present version alone
+    assert measured and max(measured) < 1e-4
 
 
 def test_going_on_from_a_checkpoint_gives_the_same_bits(whole: Path) -> None:
