@@ -172,10 +172,6 @@ class TrainedModel:
                 part._copy_main_params_to_model_params()
             part.start_param_sync_for_bucket_group_subset()
 
-    def weights_changed(self) -> None:
-        """Take the model's present weights as the optimizer's masters (after weights were written from outside)."""
-        self.optimizer.reload_model_params()
-
 
 def _with_padding(part: Any, *args: Any, **kwargs: Any) -> Any:
     """The gathered states, with the padding between a buffer's buckets put back.

@@ -21,7 +21,6 @@ MissingVeto = Literal["unscored", "pass", "fail"]
 KeyPath = tuple[str | int, ...]  # a place in a rubric's plain form: ("criteria", 2, "tiers", 0, "value")
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 FAMILIES: tuple[Family, ...] = get_args(Family)
-AUTHORS: tuple[Author, ...] = get_args(Author)
 
 # `\Z`, not `$`: the latter lets a trailing newline through.
 RubricId = Annotated[str, Meta(pattern=r"^[a-z0-9._-]+\Z", max_length=200)]

@@ -1,4 +1,4 @@
-"""Judge models behind `megarubric.judging.types.TierBackend`: a vLLM engine, an OpenAI-compatible URL, replay."""
+"""Judge models behind `megarubric.judging.types.TierBackend`: a vLLM engine, an OpenAI-compatible URL."""
 
 from __future__ import annotations
 

@@ -16,8 +16,6 @@ DOTS = 12  # a line of so few points also shows them
 LEAST_BAR_RANGE = 0.2  # so that bars of next to nothing look it
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 8.0, 8.0, 20.0
 
-_GRID = Markup('<line class="grid" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/><text class="ty" x="{3}" y="{4}">{5}</text>')
-
 
 @dataclass(frozen=True)
 class Line:

@@ -9,8 +9,6 @@ import msgspec
 
 from megarubric.errors import BadInput
 
-ROLES = ("model", "policy", "judge")
-
 
 class Spent(msgspec.Struct, frozen=True, array_like=True):
     """Calls made, tokens read and tokens written by one model."""
