@@ -49,6 +49,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 if TYPE_CHECKING:
     from megarubric.megatron.trainer import Trainer
 
+_EXTRA = "_extra_state"
+
 
 @dataclass
 class Save:
@@ -204,7 +206,9 @@ def load(trainer: Trainer, path: Path) -> str:
         same = (manifest.world_size, manifest.layout) == (trainer.world_size, msgspec.structs.asdict(trainer.layout))
         loaded = dist_checkpointing.load(_state(trainer, loading=True, random=same), str(path / "weights"))
         for number, chunk in enumerate(trainer.model.chunks):
-            chunk.module.load_state_dict(loaded[f"model{number}"], strict=True)
+            keys = chunk.module.load_state_dict(loaded[f"model{number}"], strict=False)
+            if wrong := [key for key in (*keys.missing_keys, *keys.unexpected_keys) if _EXTRA not in key]:
+                raise ValueError(f"{path}: {wrong[0]} is missing or not the model's")  # its config.json is the model's
         trainer.model.load_optimizer(loaded["optimizer"], manifest.steps)
         if trainer.dtype == torch.bfloat16 and not trainer.config.optimizer_offload:
             trainer.model.weights_from_masters()  # those saved may have been FP8, or this run's are
@@ -220,7 +224,11 @@ def load(trainer: Trainer, path: Path) -> str:
 def _state(trainer: Trainer, *, loading: bool, random: bool = True, copy: bool = False) -> dict[str, Any]:
     model: dict[str, Any] = {}
     for number, chunk in enumerate(trainer.model.chunks):
-        model[f"model{number}"] = chunk.module.sharded_state_dict()
+        held = chunk.module.sharded_state_dict()
+        # Of Transformer Engine's own entries only delayed scaling's say anything, the scales it has. Without the others
+        # either kind of modules loads what the other saved, and nothing pickled is read.
+        delayed = trainer.config.fp8 == "delayed"
+        model[f"model{number}"] = {key: value for key, value in held.items() if delayed or _EXTRA not in key}
     optimizer = trainer.model.sharded_state(model, loading=loading)
     if copy:  # the optimizer's are copies already
         for tensor in nested_values(model):
