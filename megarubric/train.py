@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from megarubric.errors import Interrupted
 from megarubric.evaluate.summary import flat
 from megarubric.launch.run import Run
-from megarubric.observe.terminal import say, step_line, warn_of_drift
+from megarubric.observe.terminal import say, step_line, warn_of
 from megarubric.recipe.algorithms import algorithm
 from megarubric.recipe.experience import make_batch, score
 from megarubric.recipe.learning import learn, learning_rate
@@ -81,7 +81,7 @@ async def train(run: Run) -> None:
             best = state.note(run.after) and c.checkpoint.keep_best
         run.log.log(step, metrics)
         say(step_line(step, c.train.steps, metrics))
-        warn_of_drift(metrics, c.algorithm.drift_alarm)
+        warn_of(metrics, c.algorithm.drift_alarm)
 
         if last or best or run.stop_requested or (c.checkpoint.every and step % c.checkpoint.every == 0):
             await run.save(last or run.stop_requested)

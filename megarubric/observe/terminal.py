@@ -37,12 +37,15 @@ def step_line(step: int, steps: int, m: Mapping[str, float | int | None]) -> str
     )
 
 
-def warn_of_drift(m: Mapping[str, float | int | None], limit: float) -> None:
-    """A line when trainer and engine disagree by more than `limit` nats a token: what collapses mixtures of experts."""
+def warn_of(m: Mapping[str, float | int | None], drift_alarm: float) -> None:
+    """A line when a step taught nothing because no answer was scored, or when trainer and engine disagree by more than
+    `drift_alarm` nats a token: what collapses mixtures of experts."""
+    if m.get("reward/valid_fraction") == 0:
+        say("warning: no answer of this step has a reward, so nothing was trained: see judge/unread_fraction, judge.kind")
     drift = m.get("train/logprob_abs_diff")
-    if drift is not None and drift > limit:
+    if drift is not None and drift > drift_alarm:
         say(
-            f"warning: mean |trainer - engine| log-probability is {drift:.3f}, above algorithm.drift_alarm {limit:g};"
+            f"warning: mean |trainer - engine| log-probability is {drift:.3f}, above algorithm.drift_alarm {drift_alarm:g};"
             " see algorithm.routing_replay, tis_mode and reject_above"
         )
 

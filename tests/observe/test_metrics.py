@@ -11,6 +11,7 @@ from megarubric.config.schema import Wandb
 from megarubric.errors import BadInput
 from megarubric.observe.files import whole_file
 from megarubric.observe.metrics import MetricsLog, check_wandb
+from megarubric.observe.terminal import warn_of
 
 OFF = Wandb(mode="disabled")
 
@@ -68,3 +69,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_warnings_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_of({"reward/valid_fraction": 0.5, "train/logprob_abs_diff": 0.01}, 0.05)
+    assert capsys.readouterr() == ("", "")
+    warn_of({"reward/valid_fraction": 0.0, "train/logprob_abs_diff": None}, 0.05)
+    assert "no answer of this step has a reward" in "".join(capsys.readouterr())
+    warn_of({"reward/valid_fraction": 1.0, "train/logprob_abs_diff": 0.06}, 0.05)
+    assert "0.060, above algorithm.drift_alarm 0.05" in "".join(capsys.readouterr())
