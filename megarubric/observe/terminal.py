@@ -41,12 +41,12 @@ def warn_of(m: Mapping[str, float | int | None], drift_alarm: float) -> None:
     """A line when a step taught nothing because no answer was scored, or when trainer and engine disagree by more than
     `drift_alarm` nats a token: what collapses mixtures of experts."""
     if m.get("reward/valid_fraction") == 0:
-        say("warning: no answer of this step has a reward, so nothing was trained: see judge/unread_fraction, judge.kind")
+        say("warning: no answer of this step has a reward, so nothing was trained: is there a judge?")
     drift = m.get("train/logprob_abs_diff")
     if drift is not None and drift > drift_alarm:
         say(
-            f"warning: mean |trainer - engine| log-probability is {drift:.3f}, above algorithm.drift_alarm {drift_alarm:g};"
-            " see algorithm.routing_replay, tis_mode and reject_above"
+            f"warning: mean |trainer - engine| log-probability is {drift:.3f}, above algorithm.drift_alarm"
+            f" {drift_alarm:g}; see algorithm.routing_replay, tis_mode and reject_above"
         )
 
 
