@@ -61,8 +61,9 @@ KEPT: dict[tuple[Kernels, str], Kept] = {
 class StageMemory(msgspec.Struct, frozen=True):
     """Bytes on a rank of one pipeline stage. `n_parameters` counts this rank's, `layers` the decoder layers.
 
-    `host` is what lies in the host's memory instead, with `train.optimizer_offload`. `fp8_copies` are those of bf16
-    weights that Transformer Engine keeps from the first micro-batch of a step to the last.
+    `host` is what lies in the host's memory with `train.optimizer_offload` (which is for bf16): Adam's state and the
+    gradients it steps by. `fp8_copies` are those of bf16 weights that Transformer Engine keeps from a step's first
+    micro-batch to its last.
     """
 
     stage: int
@@ -143,7 +144,7 @@ def stage_memory(hf: Mapping[str, Any], p: Parallel, t: Train, dtype: str, kerne
                 0 if t.optimizer_offload else int(state),
                 int(activations),
                 logits,
-                int(state) if t.optimizer_offload else 0,
+                int(state * 4 / 3) if t.optimizer_offload else 0,  # gradients too, 4 bytes beside those 12
                 0 if t.fp8_parameters else in_fp8,
             )
         )

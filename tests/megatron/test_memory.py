@@ -199,7 +199,8 @@ def test_offload_recompute_and_pipelines_move_bytes() -> None:
         return stage_memory(hf, p, Train(**train), "bfloat16", "transformer_engine")[0]
 
     plain, offloaded, recomputed = one(), one(optimizer_offload=True), one(recompute=True)
-    assert offloaded.optimizer == 0 and offloaded.host == plain.optimizer > 40 << 30
+    assert offloaded.optimizer == plain.host == 0
+    assert offloaded.host == pytest.approx(plain.optimizer * 16 / 12) and plain.optimizer > 40 << 30
     assert recomputed.activations < plain.activations / 8
     stages = stage_memory(hf, Parallel(ranks=32, pp=4, ep=8), Train(), "bfloat16", "transformer_engine")
     assert [s.layers for s in stages] == [12] * 4 and stages[0].activations > 3.9 * stages[3].activations
