@@ -193,8 +193,11 @@ def parser() -> argparse.ArgumentParser:
     p = verb("train", _train, "the run: sample, judge, aggregate, train, exchange, evaluate")
     config(p)
     p.add_argument("--dry-run", action="store_true", help="print config, layout, memory and commands; start nothing")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint (the default; for scripts)")
-    p.add_argument("--fresh", action="store_true", help="move an earlier run of this name aside and start anew")
+    either = p.add_mutually_exclusive_group()
+    either.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint (the default; for scripts)"
+    )
+    either.add_argument("--fresh", action="store_true", help="move an earlier run of this name aside and start anew")
 
     p = verb("sft", _sft, "supervised cold start with the same trainer")
     config(p)

@@ -90,6 +90,7 @@ def test_overrides_may_stand_before_and_behind_options(tmp_path: Path, capsys: p
         (["score"], "--rubrics"),
         (["rubrics", "lint"], "PATH"),
         (["doctor", "more"], "unrecognized arguments: more"),
+        (["train", "c.yaml", "--fresh", "--resume"], "--resume: not allowed with argument --fresh"),
         (["score", "--rubrics=r", "--responses=r", "--out=o", "--timeout=nan"], "nan is not a number of seconds"),
         (["train", CONFIG, "--dry-run", "--bogus", "train.lr=1"], "--bogus"),
     ],
@@ -99,6 +100,17 @@ def test_bad_arguments_are_one_line(argv: list[str], words: str, capsys: pytest.
         main(argv)
     error = capsys.readouterr().err
     assert done.value.code == 2 and error.startswith("megarubric") and words in error and error.count("\n") == 1, error
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_it_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "eval.json")
+    model = str(ROOT / "models" / "tiny-qwen3-moe")
+    argv = ("eval", CONFIG, "--model", model, "--out", out, f"runs_dir={tmp_path}")
+    assert one_line(capsys, *argv).endswith(f"{out}: cannot be written: Not a directory")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_layouts_the_model_cannot_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

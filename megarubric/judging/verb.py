@@ -19,7 +19,7 @@ from megarubric.errors import BadInput, Interrupted
 from megarubric.judging.opening import JudgeUse, open_judge
 from megarubric.judging.score import ScoreSummary, score_file
 from megarubric.judging.suite import JudgeReport, fit_calibration, load_labelled, run_judge_suite
-from megarubric.observe.files import whole_file
+from megarubric.observe.files import check_writable, whole_file
 
 
 def run_score(rubrics: Path, responses: Path, out: Path, use: JudgeUse, *, as_json: bool = False) -> int:
@@ -59,6 +59,9 @@ def run_judge_eval(
     tables, or as JSON too. `calibration_out` gets the calibration that the labels amount to. Returns the exit status.
     """
     answers = load_labelled(rubrics, labelled)
+    for path in (out, calibration_out):
+        if path is not None:
+            check_writable(path)
     if calibration_out is not None and (use.calibration is not None or use.second is not None):
         raise BadInput("command line", "--fit-calibration", "fits one judge as it is: no calibration, no second judge")
 

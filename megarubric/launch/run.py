@@ -22,7 +22,7 @@ from megarubric.launch.signals import StopFlag
 from megarubric.launch.system import System, running
 from megarubric.megatron.families import read_config
 from megarubric.observe import terminal
-from megarubric.observe.files import whole_file
+from megarubric.observe.files import check_writable, whole_file
 from megarubric.observe.metrics import MetricsLog, check_wandb
 from megarubric.recipe.defence.apply import defend_rows, read_defences
 from megarubric.recipe.experience import Answer, WritingTimes
@@ -344,6 +344,7 @@ def run_eval(path: str, overrides: Sequence[str], *, model: str, out: str, as_js
     if not c.data.heldout and not c.data.holdout:
         raise BadInput(path, "data.heldout", "names no file: there is nothing to evaluate on")
     plan.read_hf_config(model)
+    check_writable(Path(out))
     prompts = Prompts(c)
     check_judge(c, path, prompts.rubrics())
 

@@ -6,7 +6,29 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO
+
+from megarubric.errors import BadInput
+
+
+def check_writable(path: Path) -> None:
+    """Find out whether `whole_file(path)` will work, before hours of work whose result goes there.
+
+    Makes the directory. Raises BadInput for a directory or a place where nothing can be written.
+    """
+    if path.is_dir():
+        raise BadInput(path, None, "is a directory")
+    if path.exists() and not path.is_file():
+        return
+    try:
+        parent = Path(os.path.realpath(path)).parent
+        if not parent.exists():
+            parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise BadInput(path, None, f"cannot be written: {error.strerror}") from None
 
 
 @contextmanager
@@ -28,5 +50,9 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):  # a name that nobody has heard of
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

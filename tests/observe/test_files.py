@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megarubric.observe.files import whole_file
+from megarubric.errors import BadInput
+from megarubric.observe.files import check_writable, whole_file
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -39,3 +40,20 @@ def test_a_pipe_is_written_to_not_replaced(tmp_path: Path) -> None:
         f.write("through")
     reader.join(10)
     assert read == ["through"] and pipe.is_fifo()
+
+
+def test_what_cannot_be_written_is_known_beforehand(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "out")
+    assert os.listdir(tmp_path / "new") == []
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "file")
+    for path, why in ((tmp_path, "is a directory"), (tmp_path / "file" / "out", "cannot be written: Not a directory")):
+        with pytest.raises(BadInput) as caught:
+            check_writable(path)
+        assert str(caught.value) == f"{path}: {why}"
+
+
+def test_an_error_names_the_file_that_was_asked_for() -> None:
+    with pytest.raises(OSError) as caught, whole_file(Path("/proc/no-such-place")) as f:
+        f.write("x")
+    assert caught.value.filename == "/proc/no-such-place"
