@@ -7,7 +7,7 @@ is known, the model that wrote the answer as `author`. Nothing of the labels rea
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -94,11 +94,13 @@ async def run_judge_suite(
     author: str | None = None,
     attacks: int = 8,
     resamples: int = 500,
+    report: Callable[[str], None] = lambda line: None,
 ) -> JudgeReport:
     """Examine `judge` on `answers`. `author` is the judge's own name among the answers' authors; `attacks` answers
-    (those with the lowest labels) are attacked, 0 for none."""
+    (those with the lowest labels) are attacked, 0 for none. `report` gets a line of text at the start of each part."""
     if not answers:
         raise BadInput("judge suite", None, "no labelled answers")
+    report(f"judging {len(answers)} labelled answers")
     began = time.perf_counter()
     judged = await judge.judge([a.item for a in answers])
     seconds = time.perf_counter() - began
@@ -108,6 +110,10 @@ async def run_judge_suite(
     read = ~np.isnan(scores)
     calibrated = _cross_fitted(judge, answers, rows)
     lowest = sorted(range(len(answers)), key=lambda i: sum(answers[i].labels.values()))[:attacks]
+    report("asking again: flips, order of tiers, length")
+    flip_rate, biases = await _retest(judge, answers), await _biases(judge, answers, rows, author, resamples)
+    if attacks:
+        report(f"attacking {len(lowest)} answers")
     return JudgeReport(
         judge="none" if judge.backend is None else judge.backend.identity,
         answers=len(answers),
@@ -118,8 +124,8 @@ async def run_judge_suite(
         compression_calibrated=compression(calibrated, 0, 1),
         calibration_error=calibration_error(scores[read], labels[read]),
         calibration_error_calibrated=calibration_error(calibrated[read], labels[read]),
-        flip_rate=await _retest(judge, answers),
-        biases=await _biases(judge, answers, rows, author, resamples),
+        flip_rate=flip_rate,
+        biases=biases,
         attacks=await run_attacks(judge, [answers[i].item for i in lowest]) if attacks else None,
         seconds=seconds,
         judgements_per_second=len(rows) / seconds if seconds else 0.0,

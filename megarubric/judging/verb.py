@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from megarubric.judging.opening import JudgeUse, open_judge
 from megarubric.judging.score import ScoreSummary, score_file
 from megarubric.judging.suite import JudgeReport, fit_calibration, load_labelled, run_judge_suite
 from megarubric.observe.files import check_writable, whole_file
+
+LINE_EVERY_S = 30.0
 
 
 def run_score(rubrics: Path, responses: Path, out: Path, use: JudgeUse, *, as_json: bool = False) -> int:
@@ -67,7 +70,7 @@ def run_judge_eval(
 
     async def examine() -> JudgeReport:
         async with open_judge(use) as judge:
-            report = await run_judge_suite(judge, answers, author=author, attacks=attacks)
+            report = await run_judge_suite(judge, answers, author=author, attacks=attacks, report=_say)
             if calibration_out is not None:
                 (await fit_calibration(judge, answers)).save(calibration_out)
             return report
@@ -111,7 +114,7 @@ async def _score(rubrics: Path, responses: Path, out: Path, use: JudgeUse) -> Sc
                 out,
                 judge,
                 use.device,
-                report=lambda line: print(line, file=sys.stderr, flush=True),
+                report=_say,
                 progress=progress,
             )
 
@@ -168,12 +171,24 @@ def _need_cuda() -> None:
         raise BadInput("command line", "--device cuda", "no CUDA device can be used on this machine")
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing otherwise (the closing line says it all)."""
+    """A bar on a terminal, otherwise a line every half minute."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, lines: None
+        said = time.monotonic()
+
+        def line(done: int, lines: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= LINE_EVERY_S:
+                said = time.monotonic()
+                print(f"scoring: {done / max(total, 1):.0%}, {lines} responses", file=sys.stderr, flush=True)
+
+        yield line
         return
     columns = (
         TextColumn("scoring"),

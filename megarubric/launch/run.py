@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -347,6 +348,10 @@ def run_eval(path: str, overrides: Sequence[str], *, model: str, out: str, as_js
     check_writable(Path(out))
     prompts = Prompts(c)
     check_judge(c, path, prompts.rubrics())
+
+    parts = f"{c.rollout.engines} policy engine(s), judge {c.judge.kind}"
+    asked = f"{len(prompts.heldout)} held-out prompts, {c.evaluate.samples_per_prompt} answers each"
+    print(f"eval: {asked}; starting {parts}", file=sys.stderr, flush=True)
 
     async def work() -> Summary:
         async with running(c, Path(c.runs_dir) / f"{c.name}-eval", None) as system:
