@@ -8,12 +8,12 @@
 #     tools/gpu_check.sh [--json FILE]        default FILE: gpu_check.json
 #
 # PYTHON names the interpreter (default: .venv/bin/python if there, else python3). Prints a table; exit status 1 when a
-# test failed.
+# test failed. docs/gpu_first_run.md: what to do before and after it, and what is in doubt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 json=gpu_check.json
-if [ "${1:-}" = "--json" ] && [ -n "${2:-}" ]; then json=$2; elif [ $# -gt 0 ]; then sed -n '2,12p' "$0"; exit 2; fi
+if [ "${1:-}" = "--json" ] && [ -n "${2:-}" ]; then json=$2; elif [ $# -gt 0 ]; then sed -n '2,11p' "$0"; exit 2; fi
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 work=$(mktemp -d)

@@ -44,10 +44,18 @@ def test_a_run_on_one_device(tmp_path: Path, replay: str) -> None:
         assert step["train/kl"] == 0.0
 
 
+def test_float32_runs_on_the_plain_modules(tmp_path: Path) -> None:
+    """As `make quickstart` does."""
+    for step in train(tmp_path):
+        assert step["train/kl"] == 0.0 and step["train/skipped"] == 0
+        assert step["train/logprob_abs_diff"] < 0.05  # where algorithm.drift_alarm begins
+
+
 def test_optimizer_on_the_host(tmp_path: Path) -> None:
     plain = train(tmp_path / "a", "model.dtype=bfloat16")
     offloaded = train(tmp_path / "b", "model.dtype=bfloat16", "train.optimizer_offload=true")
     assert offloaded[0]["train/loss"] == pytest.approx(plain[0]["train/loss"], rel=1e-3, abs=1e-4)
+    assert offloaded[1]["train/skipped"] == 0  # after the device was handed over and back
 
 
 @pytest.mark.skipif(
