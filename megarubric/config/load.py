@@ -19,11 +19,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 1e-3 as a number (YAML 1.1 reads it as text)."""
+    """Safe YAML that reads 1e-3 as a number (YAML 1.1: text) and 12:00:00 as text (YAML 1.1: 43200, to the base 60)."""
 
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_BASE_60 = re.compile(r"[-+]?\d+(:[0-5]?\d)+(\.\d*)?$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+for _first in "-+0123456789":  # before the one for whole numbers; the lists are this class's own by now
+    _Loader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", _BASE_60))
 
 
 def _parse(text: str) -> Any:

@@ -34,6 +34,12 @@ def test_a_seed_that_no_generator_takes(minimal: Path, seed: int) -> None:
         load_train(minimal, [f"seed={seed}"])
 
 
+def test_a_time_of_day_is_no_number_of_minutes(minimal: Path) -> None:
+    with pytest.raises(BadInput, match=r"slurm\.minutes: expected `int`, got `str`$"):
+        load_train(minimal, ["slurm.minutes=12:00:00"])
+    assert yaml.safe_load("12:00:00") == 43200  # nobody else's loader is changed
+
+
 def test_files_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"name: \xfe")
     with pytest.raises(BadInput, match=r"binary\.yaml: is not UTF-8 text \(byte 6\)$"):
