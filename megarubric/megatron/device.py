@@ -29,7 +29,10 @@ def check(config: WorkerConfig) -> None:
         if config.optimizer_offload:
             raise BadInput("trainer", "optimizer_offload", "the model is in the host's memory already: there is no GPU")
         return
-    found = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise BadInput("trainer", "parallel.ranks", f"local rank {local} needs a GPU of its own, this host has {count}")
+    found = torch.cuda.get_device_properties(local)
     sm = found.major * 10 + found.minor
     if config.card is not None:
         refused, warned = compare(config.card, found.name, found.total_memory, sm)

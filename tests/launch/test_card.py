@@ -71,6 +71,7 @@ def test_a_rank_on_another_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
 
     found = SimpleNamespace(name="NVIDIA B200", total_memory=191 * 10**9, major=10, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
     device.check(WorkerConfig(model_dir="m", card="h100"))
     assert "parallel.card is h100, and this GPU is another one: NVIDIA B200 (sm_100, 191 GB)" in caplog.text
@@ -82,3 +83,6 @@ def test_a_rank_on_another_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     found.major, found.total_memory = 9, 80 * 10**9
     with pytest.raises(BadInput, match=r"parallel\.card: is b200, sm_100, and this GPU is older"):
         device.check(WorkerConfig(model_dir="m", card="b200"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(BadInput, match=r"parallel\.ranks: local rank 1 needs a GPU of its own, this host has 1"):
+        device.check(WorkerConfig(model_dir="m"))
