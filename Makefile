@@ -1,11 +1,16 @@
 # make quickstart   the main job on this machine: real Megatron-Core, real vLLM, a small Qwen3-MoE
 # make test         style, types and tests
 # make setup        only makes .venv (the other targets do it by themselves)
+# make lint         style and types; make format puts the style right
+# make bench        the benchmarks of docs/benchmarks.md that are run by hand
 
 PY := .venv/bin/python
 TESTS ?= tests
 
-.PHONY: quickstart test setup lint format bench lock clean
+.PHONY: help quickstart test setup lint format bench lock clean
+
+help: # what `make` alone does
+	@sed -n '1,/^$$/s/^# //p' Makefile
 
 quickstart: setup
 	.venv/bin/megarubric train configs/quickstart.yaml --fresh
