@@ -9,4 +9,6 @@ python=.venv/bin/python
 "$python" benchmarks/judge_prefix.py --threads "$OMP_NUM_THREADS"
 "$python" -c 'import trl' 2>/dev/null || "$python" -m pip install -q --disable-pip-version-check --no-deps -r requirements/bench.lock
 "$python" benchmarks/trl_step.py
+"$python" benchmarks/logprob.py
+"$python" benchmarks/exchange_hosts.py
 "$python" benchmarks/convert.py --gb 4   # 12 is the published size; it needs 50 GB of disk
