@@ -117,6 +117,8 @@ def _phases(c: TrainConfig, hf: Mapping[str, Any], stages: Sequence[StageMemory]
         else f"KV cache         DOES NOT FIT: the policy's weights are {policy:.1f} GB a GPU,"
         f" its share {device * r.gpu_memory_utilization:.1f} GB (rollout.tensor_parallel, gpu_memory_utilization)"
     )
+    away = c.parallel.ranks_per_node * max(s.parameters + s.optimizer + s.host for s in stages) / 1e9
+    lines.append(f"a host's memory  {away:6.1f} GB  (parameters and optimizer of its ranks, away from the GPUs)")
     return lines
 
 

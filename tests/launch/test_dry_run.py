@@ -44,6 +44,14 @@ def test_two_judges_on_one_gpu_are_counted(capsys: pytest.CaptureFixture[str]) -
         assert words in line, line
 
 
+def test_what_lies_in_a_hosts_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "configs/qwen3_30b_a3b_stage1.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("    0 ")).split()
+    said = float(next(line for line in out.splitlines() if line.startswith("a host's memory")).split()[3])
+    assert said == pytest.approx(8 * (float(row[2]) + float(row[4]) + float(row[-1])), abs=0.2) and said > 500
+
+
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     changes = ["train.optimizer_offload=false", "train.micro_batch_tokens=32768", "rollout.tensor_parallel=1"]
     assert main(["train", "configs/qwen3_30b_a3b_stage1.yaml", *changes, "--dry-run"]) == 0
