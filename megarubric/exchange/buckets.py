@@ -214,6 +214,14 @@ def digest_entries(buffer: memoryview, entries: Sequence[TensorEntry]) -> Weight
     return digest
 
 
+def digest_hashes(entries: Sequence[TensorEntry], hashes: Sequence[bytes]) -> WeightDigest:
+    """Digest of `entries` whose ``sum128`` hashes are known."""
+    digest = WeightDigest("sum128")
+    for entry, hashed in zip(entries, hashes, strict=True):
+        digest.add_hash(entry, hashed)
+    return digest
+
+
 def verify_bucket(buffer: memoryview, bucket: Bucket) -> WeightDigest:
     """The digest of `bucket` in `buffer`; raises BucketError when it is not the one the sender computed."""
     digest = digest_entries(buffer, bucket.entries)

@@ -24,32 +24,30 @@ import torch.distributed as dist
 from megarubric.errors import MegarubricError
 from megarubric.exchange.buckets import (
     Bucket,
-    BucketTable,
     DeviceBuffers,
-    TensorSpec,
-    WeightDigest,
     bucket_bytes_used,
-    plan_buckets,
+    digest_hashes,
     tensor_in,
 )
-from megarubric.exchange.control import PublishError, gather_bytes, settle
+from megarubric.exchange.control import gather_bytes, settle
 from megarubric.exchange.cuda_memory import CudaRuntime, DeviceBuffer, ordinal
 from megarubric.exchange.digest import sum128_of
+from megarubric.exchange.publisher import Publisher
 from megarubric.megatron.pieces import Piece
 
 
-class DeviceSender:
-    """One rank's part in publishing, with the calls of `sender.Sender`. All ranks make the same calls in order.
+class DeviceSender(Publisher):
+    """One rank's part in publishing through device memory.
 
-    manifest: name -> shape of every tensor; dtype: of all of them on the wire. pieces: this rank's; only owned ones
-    are written. group: all ranks, over gloo; sums: all ranks, over what moves tensors of `device` (None: the default
-    group).
+    pieces: this rank's; only owned ones are written. group: all ranks, over gloo; sums: all ranks, over what moves
+    tensors of `device` (None: the default group).
 
     The buffers are made at the first publish and live as long as the process: an engine may have them open, and CUDA
-    leaves it undefined what happens to an allocation that is freed under it.
+    leaves it undefined what happens to an allocation that is freed under it. What crosses hosts is NCCL's, and not
+    counted.
     """
 
-    network_bytes = network_raw_bytes = 0  # what crosses hosts is NCCL's, and not counted
+    digest_kind = "sum128"
 
     def __init__(
         self,
@@ -63,11 +61,8 @@ class DeviceSender:
         bucket_bytes: int,
         sums: dist.ProcessGroup | None = None,
     ) -> None:
-        wire = str(dtype).removeprefix("torch.")
-        specs = [TensorSpec(n, wire, tuple(shape)) for n, shape in manifest.items()]
-        self.table: BucketTable = plan_buckets(specs, bucket_bytes)
+        super().__init__(manifest, dtype, bucket_bytes)
         self.segments = ((f"{name}-device-0", f"{name}-device-1"),)
-        self.devices: DeviceBuffers | None = None  # after the first `begin`
         self._group, self._sums, self._device = group, sums, device
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
         by_name: dict[str, list[Piece]] = {}
@@ -76,31 +71,18 @@ class DeviceSender:
                 by_name.setdefault(piece.hf_name, []).append(piece)
         self._owned = [[(e, p) for e in bucket for p in by_name.get(e.name, [])] for bucket in self.table.buckets]
         self._buffers: list[DeviceBuffer] = []
-        self._version: int | None = None
-        self._next = 0
-        self._digest = WeightDigest("sum128")
 
     def begin(self, version: int) -> None:
-        """Start publishing the present weights as `version`; one that was not finished is dropped.
-
-        Raises CudaError when a device has no room for the two buffers (PublishError on the other ranks).
-        """
+        """Raises CudaError when a device has no room for the two buffers (PublishError on the other ranks)."""
         if self.devices is None:
             self._open()
-        self._version, self._next, self._digest = version, 0, WeightDigest("sum128")
+        super().begin(version)
 
     def fill(self, version: int, index: int) -> Bucket | None:
-        """Make bucket `index` whole on every device; the bucket on rank 0, None elsewhere. Bucket index - 2 is
-        overwritten.
-
-        Raises PublishError when it is not the next bucket of the version that was begun.
-        """
-        if version != self._version or index != self._next or index >= len(self.table.buckets):
-            expected = f"bucket {self._next} of version {self._version}" if self._version is not None else "begin"
-            raise PublishError(f"bucket {index} of version {version} asked for, expected {expected}")
+        """Make bucket `index` whole on every device."""
+        self._check_turn(version, index)
         buffer, entries = self._buffers[index % 2], self.table.buckets[index]
-        used = bucket_bytes_used(entries)
-        words = buffer.tensor[: -(-used // 8) * 8].view(torch.int64)
+        words = buffer.tensor[: -(-bucket_bytes_used(entries) // 8) * 8].view(torch.int64)
         with torch.no_grad():
             if self._world > 1:
                 words.zero_()
@@ -114,35 +96,8 @@ class DeviceSender:
         self._next += 1
         if self._rank != 0:
             return None
-        digest = WeightDigest("sum128")
-        for entry, hashed in zip(entries, sum128_of(buffer.tensor, [(e.offset, e.nbytes) for e in entries])):
-            digest.add_hash(entry, hashed)
-        self._digest.update(digest)
-        return Bucket(self.segments[0][index % 2], used, entries, digest.hexdigest())
-
-    def end(self, version: int) -> str:
-        """The checksum of the version (on rank 0; of nothing elsewhere), after its last bucket.
-
-        Raises PublishError when buckets are missing.
-        """
-        if version != self._version or self._next != len(self.table.buckets):
-            raise PublishError(
-                f"version {version} ended after {self._next} of {len(self.table.buckets)} buckets of {self._version}"
-            )
-        self._version = None
-        return self._digest.hexdigest()
-
-    def checksum(self) -> str:
-        """Checksum of the present weights (on rank 0), by going through all buckets without publishing.
-
-        Raises PublishError between `begin` and `end`, whose buckets it would overwrite.
-        """
-        if self._version is not None:
-            raise PublishError(f"version {self._version} is being published")
-        self.begin(-1)
-        for index in range(len(self.table.buckets)):
-            self.fill(-1, index)
-        return self.end(-1)
+        hashes = sum128_of(buffer.tensor, [(e.offset, e.nbytes) for e in entries])
+        return self._filled(self.segments[0][index % 2], index, digest_hashes(entries, hashes))
 
     def close(self) -> None:
         """Forget the version under way. The buffers stay until the process ends; see the class."""

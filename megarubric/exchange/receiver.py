@@ -38,6 +38,7 @@ from megarubric.exchange.buckets import (
     TensorEntry,
     TensorSpec,
     WeightDigest,
+    digest_hashes,
     verify_bucket,
 )
 from megarubric.exchange.digest import TensorHash
@@ -265,9 +266,7 @@ class Receiver:
         digest = WeightDigest("sum128")
         info = _update_info(bucket.segment, bucket)
         for number, hashes in enumerate(self._ask("hash_weight_bucket", info["mapping"], info["entries"])):
-            digest = WeightDigest("sum128")
-            for entry, hashed in zip(bucket.entries, hashes, strict=True):
-                digest.add_hash(entry, hashed)
+            digest = digest_hashes(bucket.entries, hashes)
             if digest.hexdigest() != bucket.checksum:
                 raise BucketError(
                     f"bucket in {bucket.segment}: checksum {digest.hexdigest()} on the device of worker {number}, "

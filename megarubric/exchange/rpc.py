@@ -133,6 +133,12 @@ class CurveKeys(msgspec.Struct, frozen=True):
         return cls(public, secret)
 
 
+def _is_tcp(endpoint: str) -> bool:
+    """Whether messages leave this host: then they are encrypted, with the run's keys. ``ipc://`` takes no notice of
+    keys: its sockets lie in a private directory."""
+    return endpoint.startswith("tcp://")
+
+
 class Call:
     """One request being served: `body`, `frames`, and exactly one `reply` or `fail`."""
 
@@ -153,13 +159,13 @@ class Server[T: msgspec.Struct]:
     """Serves requests of the tagged union `request_type` on `endpoint`; used from one thread."""
 
     def __init__(self, endpoint: str, request_type: Any, keys: CurveKeys | None = None) -> None:
-        if endpoint.startswith("tcp://") and keys is None:
+        if _is_tcp(endpoint) and keys is None:
             raise WireError("a tcp:// endpoint needs CURVE keys")
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        if keys is not None:
+        if keys is not None and _is_tcp(endpoint):
             Gate(self._context, keys.public, keys.secret).guard(self._socket)
         try:
             self._socket.bind(endpoint)
@@ -220,7 +226,7 @@ class Client:
         # the collector, which would wait for its socket for ever.
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        if keys is not None:
+        if keys is not None and _is_tcp(endpoint):
             join(self._socket, keys.public, keys.secret)
         self._socket.connect(endpoint)
         self._peer_status = peer_status

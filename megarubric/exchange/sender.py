@@ -21,21 +21,17 @@ from megarubric.errors import BadInput, MegarubricError
 from megarubric.exchange import spread as spreading
 from megarubric.exchange.buckets import (
     Bucket,
-    BucketTable,
-    DeviceBuffers,
     Segment,
     TensorEntry,
-    TensorSpec,
-    WeightDigest,
     digest_entries,
     dtype_bytes,
-    plan_buckets,
     sweep,
     tensor_view,
 )
-from megarubric.exchange.control import PublishError, gather_bytes, settle
+from megarubric.exchange.control import gather_bytes, settle
 from megarubric.exchange.delta import Bytes, Kept, PieceHead, Sent, whole
 from megarubric.exchange.links import Links, Turn
+from megarubric.exchange.publisher import Publisher
 from megarubric.exchange.rpc import CurveKeys
 from megarubric.megatron.pieces import Piece
 
@@ -50,18 +46,16 @@ class _Work:
     places: dict[int, tuple[TensorEntry, tuple[slice, ...], int]] = field(default_factory=dict)  # of rectangles; bytes
 
 
-class Sender:
-    """One rank's part in publishing. All ranks make the same calls in the same order.
+class Sender(Publisher):
+    """One rank's part in publishing through the hosts' memory.
 
-    manifest: name -> shape of every tensor; dtype: of all of them on the wire. pieces: this rank's, owned or not (a
-    copy holds the same values). group: all ranks, over gloo. Rank 0 of a host makes and removes its segments.
+    pieces: this rank's, owned or not (a copy holds the same values). group: all ranks, over gloo. Rank 0 of a host
+    makes and removes its segments.
 
     hosts: host of a rank is ``rank * hosts // world``. Several need `keys`, the run's, and `address`, where ranks of
     other hosts reach this one. delta: send between hosts what changed since the last version, for a host copy of what
     this rank sends and of what it receives. timeout_s: how long to wait for a rank of another host.
     """
-
-    devices: DeviceBuffers | None = None  # none: `device_sender` has them
 
     def __init__(
         self,
@@ -84,51 +78,41 @@ class Sender:
             raise BadInput("trainer", "hosts", f"{hosts} hosts for {self._world} ranks")
         if hosts > 1 and keys is None:
             raise BadInput("trainer", "keys", "ranks on several hosts need the run's keys: --keys FILE")
-        self._wire = str(dtype).removeprefix("torch.")
-        specs = [TensorSpec(name, self._wire, tuple(shape)) for name, shape in manifest.items()]
-        self.table: BucketTable = plan_buckets(specs, bucket_bytes)
+        super().__init__(manifest, dtype, bucket_bytes)
         self.segments = tuple((f"{p}0", f"{p}1") for p in (f"{shm_prefix}-h{h}-weights-" for h in range(hosts)))
         self._host = spreading.host_of(self._rank, self._world, hosts)
         self._leads = self._rank == 0 or spreading.host_of(self._rank - 1, self._world, hosts) != self._host
         self._prefix = f"{shm_prefix}-h{self._host}-weights-"
         self._dtype, self._group, self._pieces = dtype, group, pieces
         self._keys, self._address, self._timeout_s = keys, address, timeout_s
-        self._item_bytes = dtype_bytes(self._wire)
+        self._item_bytes = dtype_bytes(self.wire)
         self._sent = Sent(self._item_bytes) if delta else None
         self._kept = Kept(self._item_bytes) if delta else None
         self._work: list[_Work] = []
         self._links: Links | None = None
         self._mapped: list[Segment] = []
-        self._version: int | None = None
-        self._next, self._fills = 0, 0
-        self._digest = WeightDigest()
+        self._fills = 0
         self._raw = 0  # bytes of pieces that this rank sent for the present version, before encoding
         self._sent_before = 0
-        self.network_bytes, self.network_raw_bytes = 0, 0  # see `end`
 
     def begin(self, version: int) -> None:
-        """Start publishing the present weights as `version`; one that was not finished is dropped.
-
-        Plans, connects and makes the segments at the first call; they are kept until `close`. Raises BadInput when
+        """Plans, connects and makes the segments at the first call; they are kept until `close`. Raises BadInput when
         there is no room for the segments, SpreadError when the ranks' pieces do not make up the tensors.
         """
         if not self._mapped:
             if not self._work:
                 self._plan()
             self._open()
-        self._version, self._next, self._digest = version, 0, WeightDigest()
+        super().begin(version)
         self._raw, self._sent_before = 0, self._links.sent_bytes if self._links else 0
 
     def fill(self, version: int, index: int) -> Bucket | None:
-        """Write bucket `index` on every host; the bucket of host 0 on rank 0, None elsewhere. Bucket index - 2 is
-        overwritten.
+        """Write bucket `index` on every host; the bucket of host 0 on rank 0.
 
-        Raises PublishError when it is not the next bucket of the version that was begun. What goes wrong on one rank
-        alone (LinkError, DeltaError, ProcessDied) is raised on every rank; the version must then be begun again.
+        What goes wrong on one rank alone (LinkError, DeltaError, ProcessDied) is raised on every rank; the version must
+        then be begun again.
         """
-        if version != self._version or index != self._next or index >= len(self.table.buckets):
-            expected = f"bucket {self._next} of version {self._version}" if self._version is not None else "begin"
-            raise PublishError(f"bucket {index} of version {version} asked for, expected {expected}")
+        self._check_turn(version, index)
         segment, work, error = self._mapped[index % 2], self._work[index], None
         self._fills += 1
         try:
@@ -153,41 +137,17 @@ class Sender:
         self._next += 1
         if self._rank != 0:
             return None
-        entries = self.table.buckets[index]
-        digest = digest_entries(segment.buffer, entries)
-        self._digest.update(digest)
-        nbytes = max(e.offset + e.nbytes for e in entries)
-        return Bucket(segment.name, nbytes, entries, digest.hexdigest())
+        return self._filled(segment.name, index, digest_entries(segment.buffer, self.table.buckets[index]))
 
     def end(self, version: int) -> str:
-        """The checksum of the version (on rank 0; of nothing elsewhere), after its last bucket.
-
-        `network_bytes` is then what all ranks together sent to other hosts for it, `network_raw_bytes` what that would
-        have been without deltas. Raises PublishError when buckets are missing.
-        """
-        if version != self._version or self._next != len(self.table.buckets):
-            raise PublishError(
-                f"version {version} ended after {self._next} of {len(self.table.buckets)} buckets of {self._version}"
-            )
-        self._version = None
+        """The version's checksum; sums what the ranks sent to other hosts."""
+        checksum = super().end(version)
         if self._hosts > 1:
             sent = self._links.sent_bytes - self._sent_before if self._links else 0
             sums = torch.tensor([sent, self._raw])
             dist.all_reduce(sums, group=self._group)
             self.network_bytes, self.network_raw_bytes = (int(n) for n in sums)
-        return self._digest.hexdigest()
-
-    def checksum(self) -> str:
-        """Checksum of the present weights (on rank 0), by going through all buckets without publishing.
-
-        Raises PublishError between `begin` and `end`, whose buckets it would overwrite.
-        """
-        if self._version is not None:
-            raise PublishError(f"version {self._version} is being published")
-        self.begin(-1)
-        for index in range(len(self.table.buckets)):
-            self.fill(-1, index)  # its barrier keeps the others from bucket index + 2 until rank 0 has read this one
-        return self.end(-1)
+        return checksum
 
     def close(self) -> None:
         """Close the connections and unmap the segments; the first rank of a host removes their names."""

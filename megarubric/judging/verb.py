@@ -186,7 +186,7 @@ def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
             nonlocal said
             if time.monotonic() - said >= LINE_EVERY_S:
                 said = time.monotonic()
-                print(f"scoring: {done / max(total, 1):.0%}, {lines} responses", file=sys.stderr, flush=True)
+                _say(f"scoring: {done / max(total, 1):.0%}, {lines} responses")
 
         yield line
         return

@@ -17,10 +17,10 @@ from pathlib import Path
 import msgspec
 
 from megarubric.errors import BadInput, MegarubricError, ProcessDied
-from megarubric.exchange.buckets import sweep
 from megarubric.exchange.rpc import Call, CurveKeys, Server
-from megarubric.launch import hosts, plan
+from megarubric.launch import hosts
 from megarubric.launch.hosts import HostCard, Place
+from megarubric.launch.local import LocalHost
 from megarubric.launch.supervisor import Supervisor
 from megarubric.megatron.messages import WorkerConfig
 from megarubric.observe.terminal import say
@@ -82,11 +82,10 @@ class Agent:
     """Serves requests for one host; `interface` as in ``parallel.interface``."""
 
     def __init__(self, run_dir: Path, place: Place, keys: Path, interface: str | None) -> None:
-        self.supervisor = Supervisor(run_dir / "logs", f"processes-host{place.node}.json")
-        self._keys, self._interface = keys, interface
-        self._worker_file = run_dir / "logs" / f"trainer-host{place.node}.json"
-        self._shm_prefix = ""
         self.address = hosts.own_address(interface)
+        supervisor = Supervisor(run_dir / "logs", f"processes-host{place.node}.json")
+        network = hosts.network_environment(self.address, interface)
+        self.host = LocalHost(supervisor, f"trainer-host{place.node}.json", keys, network)
         self._reserved = hosts.reserve_ports(self.address, hosts.ENGINE_PORTS)
         self.server: Server[Request] = Server(f"tcp://{self.address}:*", Request, CurveKeys.load(keys))
         ports = tuple(int(held.getsockname()[1]) for held in self._reserved)
@@ -110,39 +109,27 @@ class Agent:
         body = call.body
         try:
             if isinstance(body, StartRank):
-                self._start_rank(body)
+                self.host.start_rank(
+                    body.name,
+                    body.config,
+                    "none",  # only rank 0 answers a controller, and it is never here
+                    rank=body.rank,
+                    world=body.world,
+                    local_rank=body.local_rank,
+                    master=(body.master_address, body.port),
+                )
             elif isinstance(body, StartEngine):
-                self._start_engine(body)
+                self.host.start_engine(body.name, body.config, body.endpoint, body.index)
             elif isinstance(body, End):
-                self.supervisor.stop()
+                self.host.stop()
         except (MegarubricError, OSError) as error:
             call.fail(error)
             return False
-        call.reply(Watched(tuple(EndedProcess(*found) for found in self.supervisor.all_ended())))
+        call.reply(Watched(tuple(EndedProcess(*found) for found in self.host.supervisor.all_ended())))
         return isinstance(body, End)
 
-    def _start_rank(self, body: StartRank) -> None:
-        if body.config.shm_prefix != self._shm_prefix:  # the first rank of this host
-            plan.sweep_left_behind(self._worker_file)
-            self._shm_prefix = body.config.shm_prefix
-            plan.write_json(self._worker_file, body.config)
-        env = plan.rank_environment(
-            body.rank, body.world, body.local_rank, body.master_address, body.port, body.config.threads
-        )
-        env |= hosts.network_environment(self.address, self._interface)
-        # Only rank 0 answers a controller, and it is never here.
-        self.supervisor.start(body.name, plan.command("trainer", self._worker_file, "none", self._keys), env)
-
-    def _start_engine(self, body: StartEngine) -> None:
-        path = plan.write_json(self.supervisor.log_dir / f"{body.name}.json", body.config)
-        env = plan.quiet_environment(body.config.threads)
-        env |= plan.engine_devices(body.index, body.config.tensor_parallel)
-        self.supervisor.start(body.name, plan.command("engine", path, body.endpoint, self._keys), env)
-
     def close(self) -> None:
-        self.supervisor.stop()
-        if self._shm_prefix:
-            sweep(self._shm_prefix)
+        self.host.stop()
         for held in self._reserved:
             held.close()
         self.server.close()

@@ -79,10 +79,7 @@ def own_address(interface: str | None = None) -> str:
     host's name resolves to, else that of the first interface that is up. Raises BadInput for one that has none."""
     if given := os.environ.get(ADDRESS):
         return given
-    by_interface: dict[str, list[str]] = {
-        name: [a.address for a in addresses if a.family == socket.AF_INET]
-        for name, addresses in psutil.net_if_addrs().items()
-    }
+    by_interface = _addresses()
     if interface is not None:
         if not by_interface.get(interface):
             known = ", ".join(sorted(name for name, found in by_interface.items() if found))
@@ -98,15 +95,21 @@ def own_address(interface: str | None = None) -> str:
     return usable[0] if usable else "127.0.0.1"
 
 
+def _addresses() -> dict[str, list[str]]:
+    """The IPv4 addresses of each network interface of this host."""
+    return {
+        name: [a.address for a in addresses if a.family == socket.AF_INET]
+        for name, addresses in psutil.net_if_addrs().items()
+    }
+
+
 def network_environment(address: str, interface: str | None) -> dict[str, str]:
     """What a trainer rank must know to listen where others look for it; what the user has set stays.
 
     gloo listens on the interface that has `address` (by itself it takes what the host's name resolves to, which is the
     loopback on many systems). NCCL finds its own way, unless an `interface` was named.
     """
-    found = {
-        a.address: name for name, all_of in psutil.net_if_addrs().items() for a in all_of if a.family == socket.AF_INET
-    }
+    found = {own: name for name, addresses in _addresses().items() for own in addresses}
     wanted = {ADDRESS: address}
     if address in found:
         wanted["GLOO_SOCKET_IFNAME"] = found[address]

@@ -10,6 +10,7 @@ its fused modules save, and have not been measured. CUDA context, NCCL and fragm
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -95,7 +96,7 @@ def model_size(hf: Mapping[str, Any]) -> ModelSize:
     family = family_of(config, "config.json")
     total = idle = 0
     for name, shape in family.manifest(config).items():
-        numel = _product(shape)
+        numel = math.prod(shape)
         total += numel
         if ".mlp.experts." in name:
             idle += numel
@@ -117,9 +118,7 @@ def stage_memory(hf: Mapping[str, Any], p: Parallel, t: Train, dtype: str, kerne
         experts = quantised = 0
         for layer in layers:
             dense += sum(_share(s, shapes, p) for s in family.layer_params(config, layer).values())
-            if family.is_moe_layer(config, layer):
-                one = sum(_share(s, shapes, p) for s in family.expert_params(config, layer, 0).values())
-                experts += family.num_experts(config) // p.ep * one
+            experts += _experts(family, config, layer, shapes, p)
             quantised += _quantised(family, config, layer, shapes, p, t)
         n = dense + experts
         dp = p.ranks // (p.tp * p.pp)  # gradients and optimizer are shared over context parallelism too
@@ -171,9 +170,22 @@ def _outside(family: Family, hf: dict[str, Any], stage: int, p: Parallel) -> int
 
 def _share(source: ParamSource, shapes: Mapping[str, tuple[int, ...]], p: Parallel) -> int:
     """Values of one parameter on a rank."""
-    runs = [run for part in source.parts for run in part]
     ways = (p.etp if source.expert else p.tp) if source.split else 1
-    return sum((run.stop - run.start) * _product(shapes[run.name][1:]) for run in runs) // ways
+    return values_of(source, shapes) // ways
+
+
+def _experts(family: Family, hf: dict[str, Any], layer: int, shapes: Mapping[str, tuple[int, ...]], p: Parallel) -> int:
+    """Values of a layer's routed experts on a rank; 0 for a dense layer."""
+    if not family.is_moe_layer(hf, layer):
+        return 0
+    one = sum(_share(s, shapes, p) for s in family.expert_params(hf, layer, 0).values())
+    return family.num_experts(hf) // p.ep * one
+
+
+def values_of(source: ParamSource, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Values of one whole parameter."""
+    runs = [run for part in source.parts for run in part]
+    return sum((run.stop - run.start) * math.prod(shapes[run.name][1:]) for run in runs)
 
 
 def _quantised(
@@ -184,10 +196,7 @@ def _quantised(
     if t.fp8 == "none" or outermost < t.fp8_bf16_layers:
         return 0
     n = sum(_share(s, shapes, p) for k, s in family.layer_params(hf, layer).items() if _PRODUCT.search(k))
-    if family.is_moe_layer(hf, layer):
-        one = sum(_share(s, shapes, p) for s in family.expert_params(hf, layer, 0).values())
-        n += family.num_experts(hf) // p.ep * one
-    return n
+    return n + _experts(family, hf, layer, shapes, p)
 
 
 def _activations(
@@ -236,10 +245,3 @@ def _in_flight(stage: int, p: Parallel) -> float:
 
 def _padded(vocabulary: int, tp: int) -> int:
     return -(-vocabulary // tp) * tp
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megarubric.config.schema import Parallel
-from megarubric.launch.memory import WIDTH, layers_of
-from megarubric.megatron.families import ParamSource, family_of
+from megarubric.launch.memory import WIDTH, layers_of, values_of
+from megarubric.megatron.families import family_of
 
 Cell = tuple[int, str, int]  # pipeline stage, kind of parameter, rank that has a share of them
 
@@ -43,20 +43,12 @@ def _cells(hf: dict[str, Any], p: Parallel) -> dict[Cell, int]:
         for share in range(ways):
             cells[stage, kind, share] = cells.get((stage, kind, share), 0) + n // ways
 
-    def size(source: ParamSource) -> int:
-        runs = [run for part in source.parts for run in part]
-        n = 0
-        for run in runs:
-            rest = shapes[run.name][1:]
-            n += (run.stop - run.start) * (rest[0] if rest else 1)
-        return n
-
     for stage in range(p.pp):
         for layer in layers_of(stage, hf["num_hidden_layers"], p):
             for source in family.layer_params(hf, layer).values():
-                add(stage, "split" if source.split else "whole", p.tp if source.split else 1, size(source))
+                add(stage, "split" if source.split else "whole", p.tp if source.split else 1, values_of(source, shapes))
             if family.is_moe_layer(hf, layer):
-                one = sum(map(size, family.expert_params(hf, layer, 0).values()))
+                one = sum(values_of(s, shapes) for s in family.expert_params(hf, layer, 0).values())
                 add(stage, "expert", p.ep * p.etp, one * family.num_experts(hf))
     table = hf["vocab_size"] * hf["hidden_size"]
     add(0, "embedding", p.tp, table)

@@ -298,10 +298,8 @@ async def _run_train(c: TrainConfig, dir: RunDir, where: str, place: Place) -> i
             f"{dir.path}: all {c.train.steps} steps are done already (train.steps=N goes on, --fresh starts anew)"
         )
         return 0
-    where = f" on {place.nodes} hosts" if place.nodes > 1 else ""
-    terminal.say(
-        f"run {c.name}: starting {c.parallel.ranks} trainer rank(s), {c.rollout.engines} policy engine(s), judge{where}"
-    )
+    parts = f"{c.parallel.ranks} trainer rank(s), {c.rollout.engines} policy engine(s), judge"
+    terminal.say(f"run {c.name}: starting {parts}" + (f" on {place.nodes} hosts" if place.nodes > 1 else ""))
     async with running(c, dir.path, plan.train_worker_config(c), place) as system:
         run = Run(c, dir, prompts, system)
         try:

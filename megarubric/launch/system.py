@@ -11,13 +11,13 @@ from typing import Literal
 
 from megarubric.config import TrainConfig
 from megarubric.errors import MegarubricError, ProcessDied
-from megarubric.exchange.buckets import sweep
 from megarubric.exchange.rpc import ipc_endpoint
 from megarubric.exchange.update import ExchangeReport, exchange
 from megarubric.judging.judge import Judge
 from megarubric.launch import hosts, plan
 from megarubric.launch.hosts import Place
 from megarubric.launch.judge import make_judge
+from megarubric.launch.local import LocalHost
 from megarubric.launch.remote import Fleet, RemoteChild, meeting
 from megarubric.launch.supervisor import Child, Supervisor, free_port
 from megarubric.megatron.client import TrainerClient
@@ -39,6 +39,8 @@ class System:
 
     def __init__(self, supervisor: Supervisor, sockets: Path, fleet: Fleet | None = None) -> None:
         self.supervisor, self.sockets, self.fleet = supervisor, sockets, fleet
+        network = hosts.network_environment(fleet.address, fleet.interface) if fleet else None
+        self.host = LocalHost(supervisor, keys=fleet.keys_file if fleet else None, network=network)
         self.trainer: TrainerClient | None = None
         self.policies: list[EngineClient] = []
         self.judge_engines: list[EngineClient] = []
@@ -46,7 +48,6 @@ class System:
         self.weight_version = 0
         self.weights = ""  # names the policy's weights in service: the checksum of the last exchange
         self.at_end = contextlib.AsyncExitStack()  # what the judge holds open: cache, connections
-        self.shm_prefix = ""
         self.shares_devices = False  # engines and trainer on the same GPUs: they take turns (`training`)
 
     @property
@@ -67,33 +68,27 @@ class System:
             child, endpoint = self.fleet.others[node - 1].start_engine(name, config, index)
             return EngineClient(endpoint, self.fleet.keys, child.status, host=node)
         endpoint = ipc_endpoint(self.sockets, name)
-        path = plan.write_json(self.supervisor.log_dir / f"{name}.json", config)
-        environment = plan.quiet_environment(config.threads) | plan.engine_devices(index, config.tensor_parallel)
-        started = self.supervisor.start(name, plan.command("engine", path, endpoint), environment)
-        return EngineClient(endpoint, peer_status=started.status)
+        return EngineClient(endpoint, peer_status=self.host.start_engine(name, config, endpoint, index).status)
 
     def start_trainer(self, config: WorkerConfig, ranks: int, port: int | None) -> TrainerClient:
         """Start `ranks` trainer ranks, an equal share on each host; rank 0, on this one, answers when all have built
         the model."""
         endpoint = ipc_endpoint(self.sockets, "trainer")
-        path = self.supervisor.log_dir / "trainer.json"
-        plan.sweep_left_behind(path)
-        self.shm_prefix = config.shm_prefix
-        plan.write_json(path, config)
-        fleet, port, share = self.fleet, free_port(port), ranks // self.nodes
-        master = fleet.address if fleet else "127.0.0.1"
-        network = hosts.network_environment(fleet.address, fleet.interface) if fleet else {}
-        argv = plan.command("trainer", path, endpoint, fleet.keys_file if fleet else None)
+        share = ranks // self.nodes
+        master = self.fleet.address if self.fleet else "127.0.0.1", free_port(port)
         children: list[Child | RemoteChild] = []
         for rank in range(ranks):
             name, (node, local_rank) = f"trainer-{rank}", divmod(rank, share)
             if node == 0:
-                env = plan.rank_environment(rank, ranks, local_rank, master, port, config.threads) | network
-                children.append(self.supervisor.start(name, argv, env))
+                children.append(
+                    self.host.start_rank(
+                        name, config, endpoint, rank=rank, world=ranks, local_rank=local_rank, master=master
+                    )
+                )
             else:
-                assert fleet is not None
-                other = fleet.others[node - 1]
-                children.append(other.start_rank(name, config, rank, ranks, local_rank, (master, port)))
+                assert self.fleet is not None
+                other = self.fleet.others[node - 1]
+                children.append(other.start_rank(name, config, rank, ranks, local_rank, master))
         return TrainerClient(endpoint, peer_status=lambda: first_ended(children))
 
     async def ready(self) -> None:
@@ -183,9 +178,7 @@ class System:
             if client is not None:
                 with contextlib.suppress(Exception):
                     await client.close()
-        self.supervisor.stop()
-        if self.shm_prefix:
-            sweep(self.shm_prefix)  # a rank killed with -9 could not remove its own
+        self.host.stop()
         shutil.rmtree(self.sockets, ignore_errors=True)
 
 

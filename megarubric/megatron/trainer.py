@@ -23,6 +23,7 @@ from torch import Tensor
 from megarubric.config import fp8
 from megarubric.errors import MegarubricError
 from megarubric.exchange.device_sender import DeviceSender
+from megarubric.exchange.publisher import Publisher
 from megarubric.exchange.rpc import CurveKeys
 from megarubric.exchange.sender import Sender
 from megarubric.megatron import cpu
@@ -125,7 +126,7 @@ class Trainer:
         self._reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
         self.sender = self._make_sender(keys)
 
-    def _make_sender(self, keys: CurveKeys | None) -> Sender | DeviceSender:
+    def _make_sender(self, keys: CurveKeys | None) -> Publisher:
         config = self.config
         if config.exchange_through == "device":
             return DeviceSender(

@@ -65,7 +65,7 @@ def _work(config: WorkerConfig, endpoint: str, keys: Path | None) -> None:
         pair = CurveKeys.load(keys) if keys else None
         trainer = Trainer(config, pair)
         if trainer.rank == 0:
-            server = Server(endpoint, Request, pair if endpoint.startswith("tcp:") else None)
+            server = Server(endpoint, Request, pair)
             service.serve(trainer, server)
         else:
             service.follow(trainer)

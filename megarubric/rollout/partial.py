@@ -11,7 +11,6 @@ the whole, under the version that goes on: the routing of an answer is always th
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import math
 from collections import Counter
@@ -23,7 +22,7 @@ import numpy as np
 from megarubric.rollout.client import EngineClient
 from megarubric.rollout.data import Prompt
 from megarubric.rollout.messages import Completion, GenerateRequest, Race
-from megarubric.rollout.sampler import Sample, SamplingSettings, group_seeds, request_of
+from megarubric.rollout.sampler import Sample, SamplingSettings, group_seeds, request_of, seed_from
 
 
 @dataclass(slots=True, eq=False)
@@ -48,8 +47,7 @@ class OpenGroup:
 def later_seed(seed: int, step: int, written: int) -> int:
     """Seed in [0, 2^63) of the request that goes on with a sample after `written` tokens in `step`, or begins it anew:
     never that of an earlier request of the sample, whose random numbers would come again."""
-    digest = hashlib.blake2b(f"{seed}\0{step}\0{written}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return seed_from(seed, step, written)
 
 
 def join(before: Completion | None, after: Completion) -> Completion | None:
@@ -97,7 +95,11 @@ class PartialSampler:
 
     def wanted(self, enough: int) -> int:
         """How many new prompts a call that needs `enough` groups takes, beside the open ones."""
-        return max(0, math.ceil(self.oversample * enough - 1e-9) - len(self.open))
+        return max(0, self._begun(enough) - len(self.open))
+
+    def _begun(self, enough: int) -> int:
+        """How many groups such a call begins."""
+        return math.ceil(self.oversample * enough - 1e-9)
 
     async def stream(
         self, step: int, version: int, prompts: Sequence[Prompt], enough: int, seen: Counter[str]
@@ -112,7 +114,7 @@ class PartialSampler:
         seeds = group_seeds(self.settings, step, prompts, seen)
         self.open += [OpenGroup(p, s, [None] * len(s)) for p, s in zip(prompts, seeds)]
         self.stale_restarts = sum(self._restart_stale(group, step, version) for group in self.open)
-        begun = self.open[: max(enough, math.ceil(self.oversample * enough - 1e-9))]
+        begun = self.open[: max(enough, self._begun(enough))]
         place = {id(group): i for i, group in enumerate(begun)}
         whole = [group for group in begun if not group.unfinished][:enough]
         for group in whole:

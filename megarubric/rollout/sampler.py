@@ -41,7 +41,12 @@ class Sample:
 
 def sample_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
     """Seed in [0, 2^63) of one sample: the same on every machine and in every process, a different one a sample."""
-    key = f"{run_seed}\0{step}\0{index}\0{prompt_id}".encode()
+    return seed_from(run_seed, step, index, prompt_id)
+
+
+def seed_from(*parts: int | str) -> int:
+    """Seed in [0, 2^63), another for any other parts."""
+    key = "\0".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 

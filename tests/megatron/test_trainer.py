@@ -88,7 +88,7 @@ def publish(trainer: Any, out: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from megarubric.exchange.buckets import Segment, WeightDigest, decoder_layer, tensor_view, verify_bucket
-    from megarubric.exchange.sender import PublishError
+    from megarubric.exchange.control import PublishError
 
     trainer.export_hf(out)
     exported = load_file(Path(out) / "model.safetensors")
