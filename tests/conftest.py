@@ -26,6 +26,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_SILENT", "true")
 
+# Rank jobs find modules beside the rank server; tests find them here (importmode importlib adds no path).
+sys.path.insert(0, str(Path(__file__).parent / "megatron"))
+
 Ranks = Callable[..., list[Any]]
 
 

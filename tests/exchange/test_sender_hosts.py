@@ -3,7 +3,6 @@ whatever the layout, whole or as deltas, and one line when a rank of the other h
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -11,31 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_models import QWEN3_MOE, write_config
 
 from megarubric.errors import BadInput, MegarubricError
 from megarubric.exchange.rpc import CurveKeys
 
 pytestmark = pytest.mark.engine
-
-HF_CONFIG = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +24,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("model")
     for tied in (False, True):
         (directory / f"tied_{tied}").mkdir()
-        config = HF_CONFIG | {"tie_word_embeddings": tied}
-        (directory / f"tied_{tied}" / "config.json").write_text(json.dumps(config))
+        write_config(directory / f"tied_{tied}", QWEN3_MOE | {"tie_word_embeddings": tied})
     CurveKeys.generate().save(directory / "keys")
     return {"model_dir": str(directory / "tied_False"), "tied_dir": str(directory / "tied_True")} | {
         "keys": str(directory / "keys")

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_models import QWEN3_MOE, write_bf16_checkpoint
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,23 +27,13 @@ pytestmark = [
         reason="needs megatron-core and transformer-engine (requirements/gpu.lock, gpu-te.txt)",
     ),
 ]
-HF_CONFIG = {
-    "model_type": "qwen3_moe",
+HF_CONFIG = QWEN3_MOE | {
     "vocab_size": 512,
     "hidden_size": 256,
     "intermediate_size": 512,
     "moe_intermediate_size": 256,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 64,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
 }
 
 
@@ -115,20 +106,7 @@ def job(model_dir: str, out: str, recipe: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from safetensors.torch import save_file
-
-    from megarubric.megatron.families import family_of
-
-    directory = tmp_path_factory.mktemp("model")
-    (directory / "config.json").write_text(json.dumps(HF_CONFIG))
-    generator = torch.Generator().manual_seed(5)
-    manifest = family_of(HF_CONFIG, "config.json").manifest(HF_CONFIG)
-    tensors = {
-        name: (torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.05).bfloat16()
-        for name, shape in manifest.items()
-    }
-    save_file(tensors, str(directory / "model.safetensors"))
-    return str(directory)
+    return write_bf16_checkpoint(tmp_path_factory.mktemp("model"), HF_CONFIG, 0.05)
 
 
 def recipes() -> list[str]:
@@ -143,7 +121,7 @@ def test_from_checkpoint_to_export_and_back(model_dir: str, tmp_path: Path, reci
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
         f"print('RESULT ' + json.dumps(module.job({model_dir!r}, {str(tmp_path)!r}, {recipe!r})), flush=True)"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/megatron")])}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT
     )

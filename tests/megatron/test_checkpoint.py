@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_models import grpo_batch, write_config
 
 HF_CONFIG = {
     "model_type": "qwen3_moe",
@@ -44,22 +45,11 @@ def steps(trainer: Any, first: int, last: int) -> list[dict[str, Any]]:
     """Train on the batches number `first` to `last` - 1."""
     import msgspec
 
-    from megarubric.megatron.messages import TrainBatch
     from megarubric.recipe.algorithms import algorithm
 
     metrics = []
     for number in range(first, last):
-        rng = np.random.default_rng(number)
-        lengths = rng.integers(4, 30, size=8).astype(np.int32)
-        mask = np.ones(int(lengths.sum()), dtype=np.float32)
-        mask[np.cumsum(lengths) - lengths] = 0
-        batch = TrainBatch(
-            tokens=rng.integers(0, 67, size=len(mask)).astype(np.int32),
-            lengths=lengths,
-            loss_mask=mask,
-            advantages=np.repeat(rng.normal(size=8), lengths).astype(np.float32),
-            weights=algorithm("grpo").token_weights(mask, lengths, 32),
-        )
+        batch = grpo_batch(number, HF_CONFIG["vocab_size"])
         metrics += [msgspec.to_builtins(u) for u in trainer.train(batch, algorithm("grpo").settings(), 1e-3)]
     return metrics
 
@@ -98,9 +88,7 @@ def resumed(model_dir: str, path: str, config: dict[str, Any]) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("model")
-    (directory / "config.json").write_text(json.dumps(HF_CONFIG))
-    return str(directory)
+    return write_config(tmp_path_factory.mktemp("model"), HF_CONFIG)
 
 
 @pytest.mark.engine

@@ -14,27 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_models import QWEN3_MOE
 
 pytestmark = pytest.mark.engine
 
-SPARSE = {
-    "model_type": "qwen3_moe",
+SPARSE = QWEN3_MOE | {
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 64,
     "moe_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 16,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
 }
 DENSE = {k: v for k, v in SPARSE.items() if "expert" not in k and not k.startswith(("moe", "norm_"))}
 DENSE |= {"model_type": "qwen3", "tie_word_embeddings": True}

@@ -7,7 +7,6 @@ exchange, export, reference and checkpoints. One float32 scale a matrix, like cu
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,30 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import QWEN3_MOE, write_bf16_checkpoint
 from torch import Tensor
 
 from megarubric.megatron.fp8_params import drop_copies, is_quantised, loadable, plain, stow, unstow
 
 FP8 = torch.float8_e4m3fn
-HF_CONFIG = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 
 
 def scale_of(values: Tensor) -> Tensor:
@@ -196,7 +177,7 @@ def make_batch() -> Any:
     mask = np.ones(n, np.float32)
     mask[np.cumsum(lengths) - lengths] = 0  # nothing predicts a first token
     return TrainBatch(
-        tokens=rng.integers(0, HF_CONFIG["vocab_size"], size=n).astype(np.int32),
+        tokens=rng.integers(0, QWEN3_MOE["vocab_size"], size=n).astype(np.int32),
         lengths=lengths,
         loss_mask=mask,
         advantages=np.repeat(rng.normal(size=8), lengths).astype(np.float32),
@@ -339,19 +320,7 @@ def bf16_run(model_dir: str, checkpoint: str, layout: dict[str, int]) -> dict[st
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint of random bf16 weights."""
-    from safetensors.torch import save_file
-
-    from megarubric.megatron.families import family_of
-
-    directory = tmp_path_factory.mktemp("model")
-    (directory / "config.json").write_text(json.dumps(HF_CONFIG))
-    generator = torch.Generator().manual_seed(5)
-    tensors = {
-        name: (torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.2).bfloat16()
-        for name, shape in family_of(HF_CONFIG, "config.json").manifest(HF_CONFIG).items()
-    }
-    save_file(tensors, str(directory / "model.safetensors"))
-    return str(directory)
+    return write_bf16_checkpoint(tmp_path_factory.mktemp("model"), QWEN3_MOE, 0.2)
 
 
 @pytest.mark.engine

@@ -6,33 +6,22 @@ the residence and Megatron's hybrid optimizer; everything else computes as it do
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_models import QWEN3_MOE, grpo_batch, write_config
 
 pytestmark = pytest.mark.engine
 
-HF_CONFIG = {
-    "model_type": "qwen3_moe",
+HF_CONFIG = QWEN3_MOE | {
     "vocab_size": 67,
     "hidden_size": 32,
     "intermediate_size": 48,
     "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 8,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
     "initializer_range": 0.1,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
 }
 
 
@@ -75,10 +64,9 @@ def pretend(offload: bool) -> list[Any]:
 
 def taking_turns(model_dir: str, path: str, config: dict[str, Any]) -> dict[str, Any]:
     """Four steps, the same with turns between them, and the same again from checkpoints of step 0 and 2."""
-    import numpy as np
 
     from megarubric.megatron import device
-    from megarubric.megatron.messages import TrainBatch, WorkerConfig
+    from megarubric.megatron.messages import WorkerConfig
     from megarubric.megatron.trainer import Trainer
     from megarubric.recipe.algorithms import algorithm
 
@@ -92,17 +80,7 @@ def taking_turns(model_dir: str, path: str, config: dict[str, Any]) -> dict[str,
     optimizers = [type(part.optimizer).__name__ for part in trainer.model._parts()]
 
     def step(number: int) -> tuple[float, float]:
-        rng = np.random.default_rng(number)
-        lengths = rng.integers(4, 30, size=8).astype(np.int32)
-        mask = np.ones(int(lengths.sum()), dtype=np.float32)
-        mask[np.cumsum(lengths) - lengths] = 0
-        batch = TrainBatch(
-            tokens=rng.integers(0, 67, size=len(mask)).astype(np.int32),
-            lengths=lengths,
-            loss_mask=mask,
-            advantages=np.repeat(rng.normal(size=8), lengths).astype(np.float32),
-            weights=algorithm("grpo").token_weights(mask, lengths, 32),
-        )
+        batch = grpo_batch(number, HF_CONFIG["vocab_size"])
         (metrics,) = trainer.train(batch, algorithm("grpo").settings(), 1e-3)
         return metrics.loss, metrics.grad_norm
 
@@ -134,7 +112,7 @@ def taking_turns(model_dir: str, path: str, config: dict[str, Any]) -> dict[str,
 
 @pytest.mark.parametrize("config", [{"dtype": "float32"}, {"dtype": "bfloat16", "optimizer_offload": True}])
 def test_turns_change_no_number(ranks: Any, tmp_path: Path, config: dict[str, Any]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
+    write_config(tmp_path, HF_CONFIG)
     run = {"model_dir": str(tmp_path), "path": str(tmp_path / "saved"), "config": config}
     (result,) = ranks(1, taking_turns, **run)
     assert ("HybridDeviceOptimizer" in result["optimizers"]) == ("optimizer_offload" in config)

@@ -14,35 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_models import QWEN3_MOE, write_config
 
 pytestmark = pytest.mark.engine
-
-HF_CONFIG = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("model")
-    (directory / "config.json").write_text(json.dumps(HF_CONFIG))
-    return str(directory)
+    return write_config(tmp_path_factory.mktemp("model"), QWEN3_MOE)
 
 
 def make_batch(n_seqs: int = 12, seed: int = 0, n_updates: int = 1, algorithm: str = "grpo") -> Any:
@@ -55,7 +34,7 @@ def make_batch(n_seqs: int = 12, seed: int = 0, n_updates: int = 1, algorithm: s
     mask = np.concatenate([[0.0] * p + [1.0] * (n - p) for n, p in zip(lengths, prompts)]).astype(np.float32)
     updates = (np.arange(n_seqs) % n_updates).astype(np.int32)
     return TrainBatch(
-        tokens=rng.integers(0, HF_CONFIG["vocab_size"], size=int(lengths.sum())).astype(np.int32),
+        tokens=rng.integers(0, QWEN3_MOE["vocab_size"], size=int(lengths.sum())).astype(np.int32),
         lengths=lengths,
         loss_mask=mask,
         advantages=np.repeat(rng.normal(size=n_seqs), lengths).astype(np.float32),
